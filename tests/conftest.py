@@ -1,7 +1,8 @@
 """Makes the pack and its host importable, and starts the ComfyUI server that the end-to-end tests drive.
 
-The repository root *is* the package, and its folder may be called anything: here it is always imported as `sphereguide`.
-The host is the checkout that `COMFYUI_PATH` names, or else the PyPI package `comfyui`. Tests in this process run on the CPU.
+The repository root *is* the package, and its folder may be called anything: here it is always imported as
+`sphereguide`. The host is the checkout that `COMFYUI_PATH` names, or else the PyPI package `comfyui`. Tests in this
+process run on the CPU; the modules of `demo/` are importable by their bare names, as they are for `demo/run.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +48,8 @@ def import_host() -> None:
     from comfy.cli_args import args
 
     args.cpu = True
+    # ComfyUI makes its folders where it is told to, which must not be where pytest happens to run.
+    args.cwd = args.base_directory = tempfile.mkdtemp(prefix="sphereguide-tests-")
 
     import torch
 
