@@ -1,7 +1,7 @@
 """A ComfyUI server with this pack in it, for the demo, the tests and `quickstart.py serve`.
 
 The server is the real one: the checkout that `COMFYUI_PATH` names, or else the PyPI package `comfyui`. It lives in a
-scratch base directory, where `custom_nodes` holds a link to the pack, so that nothing is written into anybody's ComfyUI.
+scratch base directory, where `custom_nodes` holds a link to the pack: nothing is written into anybody's own ComfyUI.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class PromptRejected(RuntimeError):
 
 
 class ExecutionError(RuntimeError):
-    """A node raised. `node_id`, `node_type`, `exception_type` and `exception_message` are as the server reported them."""
+    """A node raised. `exception_type` and `exception_message` are as the server reported them."""
 
     def __init__(self, message: dict) -> None:
         self.node_id = message["node_id"]
@@ -52,7 +52,9 @@ class ExecutionError(RuntimeError):
         self.exception_type = message["exception_type"]
         self.exception_message = message["exception_message"].strip()
         self.traceback = "".join(message.get("traceback", []))
-        super().__init__(f"{self.node_type} (node {self.node_id}) raised {self.exception_type}: {self.exception_message}")
+        super().__init__(
+            f"{self.node_type} (node {self.node_id}) raised {self.exception_type}: {self.exception_message}"
+        )
 
 
 class Interrupted(RuntimeError):
@@ -74,8 +76,8 @@ class Run:
 class ComfyServer:
     """A server process; also a context manager.
 
-    base: scratch directory, made if absent. pack_name: the folder that the pack seems to lie in. device: "cpu", or "auto"
-    to leave the choice to ComfyUI. log: where the server's output goes; None lets it through to the terminal.
+    base: scratch directory, made if absent. pack_name: the folder that the pack seems to lie in. device: "cpu", or
+    "auto" to leave the choice to ComfyUI. log: False lets the server's output through to the terminal.
     """
 
     def __init__(
@@ -125,7 +127,9 @@ class ComfyServer:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise ServerError(f"ComfyUI stopped with exit code {self.process.returncode} at its start.{self.log_tail()}")
+                raise ServerError(
+                    f"ComfyUI stopped with exit code {self.process.returncode} at its start.{self.log_tail()}"
+                )
             try:
                 self.get("/system_stats")
                 return self
@@ -135,7 +139,7 @@ class ComfyServer:
         raise ServerError(f"ComfyUI did not answer on port {self.port} within {timeout:.0f} seconds.{self.log_tail()}")
 
     def environment(self) -> dict[str, str]:
-        # The packaged host lists Hugging Face's cache for some of its nodes, and logs a traceback for each if it is absent.
+        # The packaged host lists Hugging Face's cache for some nodes, and logs a traceback for each if there is none.
         cache = self.base / "huggingface"
         cache.mkdir(exist_ok=True)
         return {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "HF_HUB_CACHE": str(cache)}
@@ -218,7 +222,9 @@ class ComfyServer:
                 except websocket.WebSocketTimeoutException:
                     if time.monotonic() > deadline:
                         self.interrupt()
-                        raise ServerError(f"The prompt took more than {timeout:.0f} seconds.{self.log_tail()}") from None
+                        raise ServerError(
+                            f"The prompt took more than {timeout:.0f} seconds.{self.log_tail()}"
+                        ) from None
                     continue
                 except (OSError, websocket.WebSocketException) as error:
                     raise ServerError(f"ComfyUI closed the connection: {error}.{self.log_tail()}") from None
@@ -277,7 +283,7 @@ def link_pack(target: Path) -> None:
     if target.is_symlink():
         target.unlink()
     elif target.exists():
-        shutil.rmtree(target)  # An earlier copy, which may be old. (Of a junction it removes no more than the junction.)
+        shutil.rmtree(target)  # An earlier copy, which may be old. Of a junction it removes only the junction
     try:
         target.symlink_to(PACK, target_is_directory=True)
     except OSError:  # Windows, without developer mode
