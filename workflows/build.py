@@ -1,0 +1,411 @@
+"""Writes the demo workflows, each twice, from one description: `python workflows/build.py`.
+
+`<name>.json` is what the page opens: it knows where the nodes stand. `api/<name>.json` is what the server runs. Made
+from the same list of nodes, the two cannot drift apart; `tests/test_workflows.py` checks that these files are what this
+script writes and, against a running ComfyUI, that the first converts to the second.
+
+`python workflows/build.py --thumbnails DIR` also makes the thumbnails, from what `quickstart.py demo --out DIR` wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+PICTURE = "sphereguide_portrait.png"  # lies beside the workflows, for a person to drop on Load Image
+
+
+@dataclass(frozen=True)
+class Type:
+    """The sockets of a node type, in the order in which ComfyUI shows them. Widgets are in `Node.widgets`."""
+
+    inputs: dict[str, str] = field(default_factory=dict)
+    outputs: dict[str, str] = field(default_factory=dict)
+
+
+TYPES = {
+    "BasicScheduler": Type({"model": "MODEL"}, {"SIGMAS": "SIGMAS"}),
+    "CLIPTextEncode": Type({"clip": "CLIP"}, {"CONDITIONING": "CONDITIONING"}),
+    "EmptyLatentImage": Type({}, {"LATENT": "LATENT"}),
+    "KSamplerSelect": Type({}, {"SAMPLER": "SAMPLER"}),
+    "LoadImage": Type({}, {"IMAGE": "IMAGE", "MASK": "MASK"}),
+    "PreviewImage": Type({"images": "IMAGE"}),
+    "SamplerCustom": Type(
+        {
+            "model": "MODEL",
+            "positive": "CONDITIONING",
+            "negative": "CONDITIONING",
+            "sampler": "SAMPLER",
+            "sigmas": "SIGMAS",
+            "latent_image": "LATENT",
+        },
+        {"output": "LATENT", "denoised_output": "LATENT"},
+    ),
+    "SaveImage": Type({"images": "IMAGE"}),
+    "VAEDecode": Type({"samples": "LATENT", "vae": "VAE"}, {"IMAGE": "IMAGE"}),
+    "SphereGuideDSG": Type(
+        {"sampler": "SAMPLER", "loss": "GUIDANCE_LOSS", "vae": "VAE"},
+        {"sampler": "SAMPLER", "trace": "GUIDANCE_TRACE"},
+    ),
+    "SphereGuideDegradeImage": Type({"image": "IMAGE"}, {"image": "IMAGE", "mask": "MASK"}),
+    "SphereGuideGaussianDeblurLoss": Type({"image": "IMAGE"}, {"loss": "GUIDANCE_LOSS"}),
+    "SphereGuideInpaintingLoss": Type({"image": "IMAGE", "mask": "MASK"}, {"loss": "GUIDANCE_LOSS"}),
+    "SphereGuideReport": Type(
+        {"samples": "LATENT", "trace": "GUIDANCE_TRACE"}, {"samples": "LATENT", "report": "IMAGE"}
+    ),
+    "SphereGuideSuperResolutionLoss": Type({"image": "IMAGE"}, {"loss": "GUIDANCE_LOSS"}),
+    "SphereGuideToyPortraits": Type({}, {"MODEL": "MODEL", "CLIP": "CLIP", "VAE": "VAE"}),
+    "Note": Type(),
+}
+NOT_RUN = {"Note"}  # live in the page only
+# Widgets that the page adds behind one that the server knows, with the value they get.
+PAGE_WIDGETS = {"seed": "fixed", "noise_seed": "fixed", "image": "image"}
+
+OURS = {"color": "#233", "bgcolor": "#355"}
+NOTE = {"color": "#432", "bgcolor": "#653"}
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node. Widgets are in ComfyUI's order; each wire comes from (the name of a node, one of its outputs)."""
+
+    type: str
+    at: tuple[int, int]
+    size: tuple[int, int]
+    widgets: dict[str, Any] = field(default_factory=dict)
+    wires: dict[str, tuple[str, str]] = field(default_factory=dict)
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    title: str
+    bounding: tuple[int, int, int, int]
+    color: str
+
+
+@dataclass(frozen=True)
+class Workflow:
+    """Nodes by name, in the order of their ids, which is an order in which they can run."""
+
+    nodes: dict[str, Node]
+    groups: list[Group]
+
+    def api(self) -> dict[str, Any]:
+        """The workflow as the server's /prompt takes it."""
+        ids = self.ids()
+        return {
+            str(ids[name]): {
+                "class_type": node.type,
+                "inputs": {
+                    **node.widgets,
+                    **{
+                        key: [str(ids[source]), self.slot(source, output)]
+                        for key, (source, output) in node.wires.items()
+                    },
+                },
+                "_meta": {"title": node.title or node.type},
+            }
+            for name, node in self.nodes.items()
+            if node.type not in NOT_RUN
+        }
+
+    def ui(self) -> dict[str, Any]:
+        """The workflow as the page opens it."""
+        ids = self.ids()
+        links = [
+            [ids[source], self.slot(source, output), ids[name], list(TYPES[node.type].inputs).index(key)]
+            for name, node in self.nodes.items()
+            for key, (source, output) in node.wires.items()
+        ]
+        return {
+            "last_node_id": len(self.nodes),
+            "last_link_id": len(links),
+            "nodes": [self.ui_node(name, links) for name in self.nodes],
+            "links": [
+                [number, *link, list(TYPES[self.by_id(link[2]).type].inputs.values())[link[3]]]
+                for number, link in enumerate(links, 1)
+            ],
+            "groups": [
+                {"title": group.title, "bounding": list(group.bounding), "color": group.color, "font_size": 24}
+                for group in self.groups
+            ],
+            "config": {},
+            "extra": {},
+            "version": 0.4,
+        }
+
+    def ui_node(self, name: str, links: list[list[int]]) -> dict[str, Any]:
+        node, node_id = self.nodes[name], self.ids()[name]
+        numbered = list(enumerate(links, 1))
+        values = []
+        for key, value in node.widgets.items():
+            values.append(value)
+            if key in PAGE_WIDGETS:
+                values.append(PAGE_WIDGETS[key])
+        return {
+            "id": node_id,
+            "type": node.type,
+            "pos": list(node.at),
+            "size": {"0": node.size[0], "1": node.size[1]},
+            "flags": {},
+            "order": node_id - 1,
+            "mode": 0,
+            "inputs": [
+                {
+                    "name": key,
+                    "type": kind,
+                    "link": next((n for n, link in numbered if link[2:] == [node_id, slot]), None),
+                }
+                for slot, (key, kind) in enumerate(TYPES[node.type].inputs.items())
+            ],
+            "outputs": [
+                {
+                    "name": key,
+                    "type": kind,
+                    "links": [n for n, link in numbered if link[:2] == [node_id, slot]],
+                    "shape": 3,
+                    "slot_index": slot,
+                }
+                for slot, (key, kind) in enumerate(TYPES[node.type].outputs.items())
+            ],
+            **({"title": node.title} if node.title else {}),
+            "properties": {} if node.type in NOT_RUN else {"Node name for S&R": node.type},
+            "widgets_values": values,
+            **(NOTE if node.type in NOT_RUN else OURS if node.type.startswith("SphereGuide") else {}),
+        }
+
+    def ids(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.nodes, 1)}
+
+    def by_id(self, node_id: int) -> Node:
+        return list(self.nodes.values())[node_id - 1]
+
+    def slot(self, name: str, output: str) -> int:
+        return list(TYPES[self.nodes[name].type].outputs).index(output)
+
+
+def restoration(
+    name: str,
+    operator: str,
+    loss: str,
+    loss_widgets: dict[str, Any],
+    guidance_rate: float,
+    steps: int,
+    note: str,
+) -> Workflow:
+    """Degrades a portrait in a known way, and guides a model that never learnt restoration to undo that."""
+    measured = {"image": ("degrade", "image")}
+    if loss == "SphereGuideInpaintingLoss":
+        measured["mask"] = ("degrade", "mask")
+    nodes = {
+        "note": Node("Note", (0, -40), (320, 500), {"text": paragraphs(note + HOW_TO)}, title="What this does"),
+        "toy": Node("SphereGuideToyPortraits", (380, 0), (250, 70), title="Load Toy Portraits"),
+        "positive": Node(
+            "CLIPTextEncode",
+            (700, 0),
+            (300, 90),
+            {"text": ""},
+            {"clip": ("toy", "CLIP")},
+            "Positive prompt (may be empty)",
+        ),
+        "negative": Node(
+            "CLIPTextEncode", (700, 140), (300, 90), {"text": ""}, {"clip": ("toy", "CLIP")}, "Negative prompt"
+        ),
+        "picture": Node("LoadImage", (380, 360), (250, 330), {"image": PICTURE}, title="Original picture"),
+        "degrade": Node(
+            "SphereGuideDegradeImage",
+            (700, 360),
+            (300, 250),
+            {
+                "operator": operator,
+                "mask_fraction": 0.5,
+                "factor": 4,
+                "kernel_size": 61,
+                "sigma": 3.0,
+                "noise": 0.025,
+                "seed": 1,
+            },
+            {"image": ("picture", "IMAGE")},
+            "Degrade Image",
+        ),
+        "degraded": Node(
+            "PreviewImage", (1070, 520), (300, 290), {}, {"images": ("degrade", "image")}, "Degraded picture"
+        ),
+        "loss": Node(loss, (1070, 360), (300, 90), loss_widgets, measured),
+        "select": Node("KSamplerSelect", (1070, 240), (300, 60), {"sampler_name": "euler_ancestral"}, title="Sampler"),
+        "dsg": Node(
+            "SphereGuideDSG",
+            (1440, 240),
+            (300, 230),
+            {
+                "guidance_rate": guidance_rate,
+                "interval": 1,
+                "start_percent": 0.0,
+                "end_percent": 1.0,
+                "gradient": "full",
+                "checkpointing": False,
+            },
+            {"sampler": ("select", "SAMPLER"), "loss": ("loss", "loss"), "vae": ("toy", "VAE")},
+            "DSG Guidance",
+        ),
+        "schedule": Node(
+            "BasicScheduler",
+            (1440, 550),
+            (300, 110),
+            {"scheduler": "normal", "steps": steps, "denoise": 1.0},
+            {"model": ("toy", "MODEL")},
+            "Steps",
+        ),
+        "latent": Node("EmptyLatentImage", (1440, 710), (300, 110), {"width": 128, "height": 128, "batch_size": 1}),
+        "sample": Node(
+            "SamplerCustom",
+            (1820, 240),
+            (300, 280),
+            {"add_noise": True, "noise_seed": 7, "cfg": 1.0},
+            {
+                "model": ("toy", "MODEL"),
+                "positive": ("positive", "CONDITIONING"),
+                "negative": ("negative", "CONDITIONING"),
+                "sampler": ("dsg", "sampler"),
+                "sigmas": ("schedule", "SIGMAS"),
+                "latent_image": ("latent", "LATENT"),
+            },
+            "Sample",
+        ),
+        "report": Node(
+            "SphereGuideReport",
+            (2180, 240),
+            (230, 60),
+            {},
+            {"samples": ("sample", "output"), "trace": ("dsg", "trace")},
+            "Guidance Report",
+        ),
+        "decode": Node(
+            "VAEDecode", (2180, 120), (230, 60), {}, {"samples": ("report", "samples"), "vae": ("toy", "VAE")}
+        ),
+        "save": Node(
+            "SaveImage",
+            (2480, 0),
+            (320, 350),
+            {"filename_prefix": f"sphereguide/{name}"},
+            {"images": ("decode", "IMAGE")},
+            "Guided picture",
+        ),
+        "curves": Node(
+            "PreviewImage", (2480, 420), (560, 240), {}, {"images": ("report", "report")}, "How guidance went"
+        ),
+    }
+    groups = [
+        Group("Model and prompt", (360, -80, 660, 340), "#3f789e"),
+        Group("A picture, degraded in a known way", (360, 280, 660, 430), "#88A"),
+        Group("Guidance: the loss steers the sampler", (1050, 160, 710, 670), "#8A8"),
+        Group("Result", (1800, -80, 1260, 760), "#b06634"),
+    ]
+    return Workflow(nodes, groups)
+
+
+HOW_TO = f"""
+Drop {PICTURE}, which lies beside this workflow, on Load Image, and queue.
+
+Turn these:
+- guidance_rate (DSG Guidance) is the strength. At 0 you see what the model paints on its own with this seed. Too high,
+and the noise of the measurement shows.
+- steps (Steps): more steps match the measurement more closely.
+- noise_seed (Sample): another answer that fits the same measurement.
+- The prompts may stay empty. With cfg above 1 they join in, at twice the time.
+
+How guidance went: the loss should fall over the steps.
+
+Your own picture: a portrait of 128 x 128 pixels. Another size needs the same width and height in Empty Latent Image."""
+
+
+def paragraphs(text: str) -> str:
+    """Text whose lines were broken for the source, with its paragraphs and list entries on one line each."""
+    return re.sub(r"(?<!\n)\n(?!\n|- )", " ", text).strip()
+
+
+WORKFLOWS = {
+    "toy_inpainting": restoration(
+        "inpainting",
+        "inpainting",
+        "SphereGuideInpaintingLoss",
+        {},
+        guidance_rate=0.2,
+        steps=50,
+        note="""Half of the pixels are missing, one by one at random, and there is noise on the rest. The model only knows
+how to paint portraits; nobody taught it to repair them. Inpainting Loss measures how far each estimate is from the pixels
+that are known, and DSG Guidance turns the sampler's noise so that the result agrees with them.
+""",
+    ),
+    "toy_super_resolution": restoration(
+        "super_resolution",
+        "super-resolution",
+        "SphereGuideSuperResolutionLoss",
+        {"factor": 4},
+        guidance_rate=0.1,
+        steps=50,
+        note="""The portrait is scaled down to 32 x 32 pixels, with noise. The model only knows how to paint portraits;
+nobody taught it to enlarge them. Super-Resolution Loss scales each estimate down in the same way and compares, and DSG
+Guidance turns the sampler's noise so that the result agrees. Set the same factor in Degrade Image and in the loss.
+""",
+    ),
+    "toy_deblur": restoration(
+        "deblur",
+        "gaussian blur",
+        "SphereGuideGaussianDeblurLoss",
+        {"kernel_size": 61, "sigma": 3.0},
+        guidance_rate=0.1,
+        steps=50,
+        note="""The portrait is blurred (sigma 3 pixels), with noise. The model only knows how to paint portraits; nobody
+taught it to sharpen them. Gaussian Deblur Loss blurs each estimate in the same way and compares, and DSG Guidance turns
+the sampler's noise so that the result agrees. Set the same kernel_size and sigma in Degrade Image and in the loss.
+""",
+    ),
+}
+
+
+def files() -> dict[Path, str]:
+    """What this script writes: text by path."""
+    return {
+        path: json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        for name, workflow in WORKFLOWS.items()
+        for path, content in [
+            (HERE / f"{name}.json", workflow.ui()),
+            (HERE / "api" / f"{name}.json", workflow.api()),
+        ]
+    }
+
+
+def thumbnail(name: str, demo: Path) -> None:
+    """Degraded beside guided, of the first portrait that the demo restored."""
+    from PIL import Image
+
+    pair = Image.new("RGB", (512, 256))
+    for column, stage in enumerate(("degraded", "guided")):
+        with Image.open(demo / name / f"0_{stage}.png") as picture:
+            nearest = picture.width < 128  # the small picture of super-resolution shows its pixels
+            resample = Image.Resampling.NEAREST if nearest else Image.Resampling.LANCZOS
+            pair.paste(picture.convert("RGB").resize((256, 256), resample), (256 * column, 0))
+    pair.save(HERE / f"{name}.jpg", quality=88)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--thumbnails", type=Path, metavar="DIR", help="what quickstart.py demo wrote")
+    options = parser.parse_args()
+    for path, text in files().items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    if options.thumbnails:
+        for name in WORKFLOWS:
+            thumbnail(name, options.thumbnails)
+
+
+if __name__ == "__main__":
+    main()
