@@ -338,9 +338,10 @@ WORKFLOWS = {
         {},
         guidance_rate=0.2,
         steps=50,
-        note="""Half of the pixels are missing, one by one at random, and there is noise on the rest. The model only knows
-how to paint portraits; nobody taught it to repair them. Inpainting Loss measures how far each estimate is from the pixels
-that are known, and DSG Guidance turns the sampler's noise so that the result agrees with them.
+        note="""
+Half of the pixels are missing, one by one at random, and there is noise on the rest. The model only knows how to paint
+portraits; nobody taught it to repair them. Inpainting Loss measures how far each estimate is from the pixels that are
+known, and DSG Guidance turns the sampler's noise so that the result agrees with them.
 """,
     ),
     "toy_super_resolution": restoration(
@@ -350,7 +351,8 @@ that are known, and DSG Guidance turns the sampler's noise so that the result ag
         {"factor": 4},
         guidance_rate=0.1,
         steps=50,
-        note="""The portrait is scaled down to 32 x 32 pixels, with noise. The model only knows how to paint portraits;
+        note="""
+The portrait is scaled down to 32 x 32 pixels, with noise. The model only knows how to paint portraits;
 nobody taught it to enlarge them. Super-Resolution Loss scales each estimate down in the same way and compares, and DSG
 Guidance turns the sampler's noise so that the result agrees. Set the same factor in Degrade Image and in the loss.
 """,
@@ -362,9 +364,10 @@ Guidance turns the sampler's noise so that the result agrees. Set the same facto
         {"kernel_size": 61, "sigma": 3.0},
         guidance_rate=0.1,
         steps=50,
-        note="""The portrait is blurred (sigma 3 pixels), with noise. The model only knows how to paint portraits; nobody
-taught it to sharpen them. Gaussian Deblur Loss blurs each estimate in the same way and compares, and DSG Guidance turns
-the sampler's noise so that the result agrees. Set the same kernel_size and sigma in Degrade Image and in the loss.
+        note="""
+The portrait is blurred (sigma 3 pixels), with noise. The model only knows how to paint portraits; nobody taught it to
+sharpen them. Gaussian Deblur Loss blurs each estimate in the same way and compares, and DSG Guidance turns the noise of
+the sampler so that the result agrees. Set the same kernel_size and sigma in Degrade Image and in the loss.
 """,
     ),
 }

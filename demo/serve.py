@@ -1,0 +1,49 @@
+"""Opens ComfyUI with the pack, its workflows and their picture; started by `quickstart.py serve`.
+
+What is made there stays, in `output/comfyui` of this repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import socket
+import sys
+
+from comfy_server import PACK, ComfyServer, ServerError
+from run import device
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--port", type=int, default=8188)
+    port = parser.parse_args().port
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            print(f"Port {port} is taken. Choose another: quickstart.py serve --port {port + 1}", file=sys.stderr)
+            return 1
+    server = ComfyServer(PACK / "output" / "comfyui", port=port, device=device(), log=False)
+    saved = server.base / "user" / "default" / "workflows"  # what newer pages list as the user's workflows
+    saved.mkdir(parents=True, exist_ok=True)
+    for workflow in (PACK / "workflows").glob("*.json"):
+        shutil.copy(workflow, saved)
+    for picture in (PACK / "workflows").glob("*.png"):
+        shutil.copy(picture, server.input)
+    try:
+        with server:
+            print(
+                f"\nSphereGuide is at {server.url}\n"
+                f"Drag a workflow onto the page: {PACK / 'workflows'}\n"
+                "Ctrl-C stops it.\n",
+                flush=True,
+            )
+            return server.process.wait()
+    except ServerError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
