@@ -1,0 +1,164 @@
+"""What the pack needs to know about the ComfyUI that it runs in: the one place that knows that versions differ."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from types import FunctionType, SimpleNamespace
+from typing import Any
+
+import comfy.model_management
+import comfy.model_sampling
+import comfy.samplers
+import torch
+from comfy.k_diffusion import sampling as k_diffusion
+from torch import Tensor
+
+__all__ = [
+    "adds_noise",
+    "base_model",
+    "guider",
+    "mutates_activations",
+    "noise_source",
+    "stochastic_samplers",
+    "training_kernels",
+]
+
+NoiseSampler = Callable[[Tensor, Tensor], Tensor]
+
+log = logging.getLogger("sphereguide")
+
+
+# -- autograd ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def training_kernels() -> Iterator[None]:
+    """Newer hosts take their differentiable kernels only while `model_management.in_training` is set."""
+    management = comfy.model_management
+    if not hasattr(management, "in_training"):
+        yield
+        return
+    before = management.in_training
+    management.in_training = True
+    try:
+        yield
+    finally:
+        management.in_training = before
+
+
+@functools.cache
+def mutates_activations() -> bool:
+    """Whether this host's attention blocks add to their activations in place, as those of 2024 do."""
+    from comfy.ldm.modules.attention import BasicTransformerBlock
+
+    return " += " in inspect.getsource(BasicTransformerBlock)
+
+
+# -- the objects behind a sampler function's `model` -------------------------------------------------------------------
+
+
+def chain(model: Any) -> Iterator[Any]:
+    """`model` and what it wraps: other packs' wrappers, `KSamplerX0Inpaint`, the guider, the `BaseModel`."""
+    while model is not None:
+        yield model
+        model = getattr(model, "inner_model", None) if not isinstance(model, torch.nn.Module) else None
+
+
+def base_model(model: Any) -> torch.nn.Module:
+    """The `BaseModel` (it has `model_sampling` and `diffusion_model`) behind a sampler function's `model`."""
+    return next(link for link in chain(model) if isinstance(link, torch.nn.Module))
+
+
+def guider(model: Any) -> Any:
+    """The guider (it has `conds` and `model_patcher`) behind a sampler function's `model`."""
+    return next(link for link in chain(model) if hasattr(link, "conds"))
+
+
+# -- samplers and their noise ------------------------------------------------------------------------------------------
+
+
+def noise_source(sampler_function: Callable[..., Tensor], x: Tensor, sigmas: Tensor, seed: int | None) -> NoiseSampler:
+    """The noise sampler that `sampler_function` makes for itself when it is given none.
+
+    Which one that is, and with which arguments, can be read off the function: the SDE samplers name a Brownian tree,
+    their `_gpu` twins one on the device; the others draw from `default_noise_sampler`, seeded on newer hosts.
+    """
+    function = inspect.unwrap(sampler_function)
+    if "BrownianTreeNoiseSampler" in _globals_used(function):
+        return k_diffusion.BrownianTreeNoiseSampler(
+            x, sigmas[sigmas > 0].min(), sigmas.max(), seed=seed, cpu=not function.__name__.endswith("_gpu")
+        )
+    if "seed" in inspect.signature(k_diffusion.default_noise_sampler).parameters:
+        return k_diffusion.default_noise_sampler(x, seed=seed)
+    return k_diffusion.default_noise_sampler(x)
+
+
+def _globals_used(function: Callable[..., Any], seen: frozenset[str] = frozenset()) -> frozenset[str]:
+    """Names of the globals that a function uses, and those that its module's functions use for it."""
+    if not isinstance(function, FunctionType):
+        return seen
+    for name in set(function.__code__.co_names) - seen:
+        used = function.__globals__.get(name)
+        seen |= {name}
+        if isinstance(used, FunctionType) and used.__module__ == function.__module__:
+            seen |= _globals_used(inspect.unwrap(used), seen)
+    return seen
+
+
+@functools.cache
+def stochastic_samplers() -> tuple[str, ...]:
+    """Names of this host's samplers whose result depends on the noise that `noise_sampler` draws."""
+    return tuple(
+        name for name in comfy.samplers.KSampler.SAMPLERS if adds_noise(comfy.samplers.sampler_object(name)) is True
+    )
+
+
+def adds_noise(sampler: comfy.samplers.KSAMPLER) -> bool | None:
+    """Whether what `noise_sampler` draws has an effect on the result of `sampler` with its options.
+
+    Found by trying: a short schedule on a Gaussian, once with each of two noises. So `eta` = 0 counts as what it is,
+    and so does a sampler that takes a `noise_sampler` to no effect. None where the trial itself failed, as it may for
+    another pack's sampler that needs more of a model.
+    """
+    if "noise_sampler" not in inspect.signature(sampler.sampler_function).parameters:
+        return False
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            quiet, loud = (_trial(sampler, size) for size in (0.0, 1.0))
+    except Exception:
+        log.debug("sampler %r could not be tried", sampler.sampler_function, exc_info=True)
+        return None
+    return not torch.equal(quiet, loud)
+
+
+def _trial(sampler: comfy.samplers.KSAMPLER, noise: float) -> Tensor:
+    model = _TrialModel()
+    sigmas = torch.tensor([10.0, 4.0, 1.0, 0.3, 0.0])
+    options = {**sampler.extra_options, "noise_sampler": lambda sigma, sigma_next: torch.full((1, 1, 2, 2), noise)}
+    x = torch.full((1, 1, 2, 2), 10.0)
+    function = inspect.unwrap(sampler.sampler_function)  # what a wrapper of ours wraps: the trial has no network
+    return function(model, x, sigmas, extra_args={"seed": 0}, callback=None, disable=True, **options)
+
+
+class _TrialModel:
+    """The denoiser of a unit Gaussian, with as much of a guider around it as the host's samplers ask for."""
+
+    def __init__(self) -> None:
+        class ModelSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
+            pass
+
+        self.model_sampling = ModelSampling()
+        self.inner_model = SimpleNamespace(model_patcher=self, inner_model=self)
+
+    def get_model_object(self, name: str) -> Any:
+        return getattr(self, name)
+
+    def __call__(self, x: Tensor, sigma: Tensor, model_options: dict[str, Any] | None = None, **_: Any) -> Tensor:
+        denoised = x / (1 + sigma.reshape(-1, 1, 1, 1) ** 2)
+        for function in (model_options or {}).get("sampler_post_cfg_function", []):
+            denoised = function({"denoised": denoised, "uncond_denoised": denoised, "cond_denoised": denoised})
+        return denoised

@@ -1,0 +1,1 @@
+"""Differentiable losses: tensors in, one loss a sample out. Pure torch."""

@@ -1,0 +1,121 @@
+"""Losses of inverse problems: the distance between a measurement y and the operator A on the estimate.
+
+    L(x̂₀) = ‖y − A(x̂₀)‖₂        unsquared, per sample
+
+as in DPS (Chung et al., arXiv 2209.14687) and DSG (arXiv 2402.03201, section 5). The operators are functions of their
+own: what degrades a picture for a test is what the loss applies to the estimate.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import Loss
+
+__all__ = ["GaussianDeblur", "Inpainting", "SuperResolution", "downsample", "gaussian_blur"]
+
+
+def downsample(images: Tensor, factor: int) -> Tensor:
+    """Bicubic, antialiased downsampling by `factor`: `[B, C, H, W]` to `[B, C, H/factor, W/factor]`, rounded."""
+    size = [max(1, round(side / factor)) for side in images.shape[-2:]]
+    return F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
+
+
+def gaussian_blur(images: Tensor, kernel_size: int, sigma: float) -> Tensor:
+    """Blur with a Gaussian of std `sigma` pixels, cut to `kernel_size` (odd) pixels, borders reflected.
+
+    Raises ValueError where the image is too small for its border to be reflected half a kernel wide.
+    """
+    half = kernel_size // 2
+    if min(images.shape[-2:]) <= half:
+        height, width = images.shape[-2:]
+        raise ValueError(
+            f"kernel_size {kernel_size} is too large for an image of {width}×{height} pixels. "
+            f"Choose at most {2 * (min(height, width) - 1) + 1}."
+        )
+    offsets = torch.arange(-half, half + 1, device=images.device, dtype=images.dtype)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).expand(images.shape[1], 1, 1, -1)
+    images = F.pad(images, (half, half, half, half), mode="reflect")
+    images = F.conv2d(images, kernel, groups=images.shape[1])
+    return F.conv2d(images, kernel.mT, groups=images.shape[1])
+
+
+class _Measurement(Loss):
+    """‖y − A(x̂₀)‖₂ with y `[R, 3, h, w]`; sample i is held against measurement i mod R."""
+
+    title: str
+
+    def __init__(self, measurement: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("measurement", measurement)
+
+    def operator(self, images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Tensor:
+        estimate = self.operator(images)
+        y = self.measurement.to(estimate)
+        if estimate.shape[1:] != y.shape[1:]:
+            raise ValueError(
+                f"{self.title}: the input image has {y.shape[-1]}×{y.shape[-2]} pixels, where this latent calls for "
+                f"{estimate.shape[-1]}×{estimate.shape[-2]}. Resize the image, or change the size of the latent."
+            )
+        # The gradient of vector_norm at a residual of zero is zero, not NaN.
+        return torch.linalg.vector_norm((_repeat(y, len(estimate)) - estimate).flatten(1), dim=1)
+
+
+class Inpainting(_Measurement):
+    """A keeps the known pixels: A(x) = (1 − mask)·x.
+
+    measurement  `[R, 3, H, W]`, 0..1; what lies under the mask does not matter
+    mask         `[M, 1, H, W]`, 1 where pixels are missing, ComfyUI's convention; resized to the image, bilinear
+    """
+
+    title = "Inpainting Loss"
+
+    def __init__(self, measurement: Tensor, mask: Tensor) -> None:
+        mask = F.interpolate(mask, size=measurement.shape[-2:], mode="bilinear", align_corners=False)
+        batch = max(len(measurement), len(mask))
+        known = 1 - _repeat(mask, batch)
+        super().__init__(_repeat(measurement, batch) * known)
+        self.register_buffer("known", known)
+
+    def operator(self, images: Tensor) -> Tensor:
+        if images.shape[-2:] != self.known.shape[-2:]:
+            return images  # refused by size in `forward`
+        return images * _repeat(self.known.to(images), len(images))
+
+
+class SuperResolution(_Measurement):
+    """A is antialiased downsampling by `factor`; measurement `[R, 3, H/factor, W/factor]`, 0..1."""
+
+    title = "Super-Resolution Loss"
+
+    def __init__(self, measurement: Tensor, factor: int) -> None:
+        super().__init__(measurement)
+        self.factor = factor
+
+    def operator(self, images: Tensor) -> Tensor:
+        return downsample(images, self.factor)
+
+
+class GaussianDeblur(_Measurement):
+    """A blurs with a Gaussian of std `sigma` pixels in a window of `kernel_size`; measurement `[R, 3, H, W]`, 0..1."""
+
+    title = "Gaussian Deblur Loss"
+
+    def __init__(self, measurement: Tensor, kernel_size: int, sigma: float) -> None:
+        super().__init__(measurement)
+        self.kernel_size = kernel_size
+        self.sigma = sigma
+
+    def operator(self, images: Tensor) -> Tensor:
+        return gaussian_blur(images, self.kernel_size, self.sigma)
+
+
+def _repeat(tensor: Tensor, batch: int) -> Tensor:
+    """Entry i of the result is entry i mod len(tensor): a batch of references beside a batch of samples."""
+    return tensor[torch.arange(batch, device=tensor.device) % len(tensor)] if len(tensor) != batch else tensor

@@ -1,0 +1,1 @@
+"""Networks that a loss looks through, under ComfyUI's model management."""

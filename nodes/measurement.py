@@ -1,0 +1,122 @@
+"""Losses of inverse problems, from a degraded image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..losses.measurement import GaussianDeblur, Inpainting, SuperResolution
+from .images import from_image, from_mask
+
+KERNEL_SIZE = (
+    "INT",
+    {
+        "default": 61,
+        "min": 1,
+        "max": 255,
+        "step": 2,
+        "tooltip": "Width of the blur window in pixels, odd. About six times sigma holds all of the blur.",
+    },
+)
+SIGMA = (
+    "FLOAT",
+    {
+        "default": 3.0,
+        "min": 0.1,
+        "max": 50.0,
+        "step": 0.1,
+        "tooltip": "Standard deviation of the blur in pixels: how soft the picture is.",
+    },
+)
+FACTOR = (
+    "INT",
+    {"default": 4, "min": 2, "max": 32, "tooltip": "How many times smaller the low-resolution image is, on each side."},
+)
+
+
+class _MeasurementLoss:
+    CATEGORY = "SphereGuide/losses"
+    FUNCTION = "make"
+    RETURN_TYPES = ("GUIDANCE_LOSS",)
+    RETURN_NAMES = ("loss",)
+    OUTPUT_TOOLTIPS = ("For the loss input of a guidance node. That node needs the VAE too.",)
+
+
+class InpaintingLoss(_MeasurementLoss):
+    DESCRIPTION = (
+        "Guides the sampler to pictures that agree with the known pixels of this one, and invents the rest. "
+        "Works with masks that a latent can't hold: single pixels, thin lines, scratches."
+    )
+    SEARCH_ALIASES = ["inpaint", "restore", "missing pixels", "repair", "inverse problem"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "image": (
+                    "IMAGE",
+                    {
+                        "tooltip": (
+                            "The picture with missing pixels, as large as the latent decodes to. What lies under the "
+                            "mask does not matter."
+                        )
+                    },
+                ),
+                "mask": (
+                    "MASK",
+                    {"tooltip": "1 (white) where pixels are missing. Resized to the image if its size differs."},
+                ),
+            }
+        }
+
+    def make(self, image: Tensor, mask: Tensor) -> tuple[Inpainting]:
+        return (Inpainting(from_image(image), from_mask(mask)),)
+
+
+class SuperResolutionLoss(_MeasurementLoss):
+    DESCRIPTION = (
+        "Guides the sampler to pictures that look like this small one when they are scaled down: upscaling that "
+        "agrees with its source."
+    )
+    SEARCH_ALIASES = ["upscale", "super resolution", "enlarge", "inverse problem"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "image": ("IMAGE", {"tooltip": "The small picture: 1/factor of the size that the latent decodes to."}),
+                "factor": FACTOR,
+            }
+        }
+
+    def make(self, image: Tensor, factor: int) -> tuple[SuperResolution]:
+        return (SuperResolution(from_image(image), factor),)
+
+
+class GaussianDeblurLoss(_MeasurementLoss):
+    DESCRIPTION = (
+        "Guides the sampler to sharp pictures that look like this one when they are blurred: deblurring that agrees "
+        "with its source."
+    )
+    SEARCH_ALIASES = ["deblur", "sharpen", "unblur", "inverse problem"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "image": ("IMAGE", {"tooltip": "The blurred picture, as large as the latent decodes to."}),
+                "kernel_size": KERNEL_SIZE,
+                "sigma": SIGMA,
+            }
+        }
+
+    def make(self, image: Tensor, kernel_size: int, sigma: float) -> tuple[GaussianDeblur]:
+        return (GaussianDeblur(from_image(image), kernel_size, sigma),)
+
+
+NODES = {
+    "SphereGuideInpaintingLoss": (InpaintingLoss, "Inpainting Loss"),
+    "SphereGuideSuperResolutionLoss": (SuperResolutionLoss, "Super-Resolution Loss"),
+    "SphereGuideGaussianDeblurLoss": (GaussianDeblurLoss, "Gaussian Deblur Loss"),
+}

@@ -1,0 +1,1 @@
+"""Sampling maths over ComfyUI's KSampler internals."""

@@ -1,0 +1,192 @@
+"""Makes a loaded ComfyUI model differentiable with respect to its input.
+
+ComfyUI loads and runs models under ``torch.inference_mode()``. What is made there is an *inference tensor*: autograd
+refuses to save it for the backward pass, for ever, and a copy of the weights would double the memory. `differentiable`
+puts, for the duration of a block, ordinary tensors over the same storage in their place. No weight is copied, none
+asks for a gradient, and everything is put back however the block ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import host
+
+__all__ = ["Recording", "differentiable", "normal", "without_graph"]
+
+Recording = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+@contextlib.contextmanager
+def differentiable(
+    *modules: nn.Module, holders: Iterable[Any] = (), checkpointing: nn.Module | None = None
+) -> Iterator[Recording]:
+    """Within the block, the modules can be differentiated with respect to their input.
+
+    Yields `recording`, a context manager for a forward pass *and* its backward pass: outside of inference mode, with
+    gradients on, with in-place operations on saved activations made legal. Between recordings the block runs in the
+    mode of its surroundings, so that the rest of the sampler sees what it always sees.
+
+    modules        loaded models: a `BaseModel`, a VAE's `first_stage_model`, a loss. Weights keep their storage.
+    holders        objects whose attributes enter the forward pass: a guider with its conditionings, an inpainting
+                   wrapper with its noise and latent image. Inference tensors in them are cloned for the block.
+    checkpointing  a diffusion model whose blocks shall forget their activations and compute them again in the
+                   backward pass: less memory, about one more forward pass.
+    """
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(_normal_weights(module))
+        for holder in holders:
+            stack.enter_context(_normal_attributes(holder))
+        if checkpointing is not None:
+            stack.enter_context(_checkpointed_blocks(checkpointing))
+        yield _recording
+
+
+@contextlib.contextmanager
+def _recording() -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(host.training_kernels())
+        if host.mutates_activations():
+            stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
+        yield
+
+
+def normal(value: Any) -> Any:
+    """`value` with each inference tensor in it cloned to a normal one; containers are copied only where that is needed.
+
+    Looks into dicts, lists, tuples and ComfyUI's conditioning objects (`comfy.conds.COND…`, which hold `.cond`).
+    """
+    if isinstance(value, Tensor):
+        if not value.is_inference():
+            return value
+        with torch.inference_mode(False):
+            return value.clone()
+    if isinstance(value, dict):
+        items = {key: normal(item) for key, item in value.items()}
+        return items if any(items[key] is not value[key] for key in items) else value
+    if type(value) in (list, tuple):
+        items = [normal(item) for item in value]
+        return type(value)(items) if any(a is not b for a, b in zip(items, value, strict=True)) else value
+    if type(value).__module__.endswith("comfy.conds"):
+        cond = normal(value.cond)
+        if cond is value.cond:
+            return value
+        value = copy.copy(value)
+        value.cond = cond
+    return value
+
+
+def without_graph(apply_model: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`apply_model` that leaves no graph behind: a constant for autograd."""
+
+    def apply(*args: Any, **kwargs: Any) -> Tensor:
+        with torch.no_grad():
+            return apply_model(*args, **kwargs)
+
+    return apply
+
+
+@contextlib.contextmanager
+def _normal_weights(module: nn.Module) -> Iterator[None]:
+    """Parameters, buffers and tensor attributes of `module` as normal tensors over the same storage."""
+    swapped: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
+    aliases: dict[int, Tensor] = {}
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            for child in module.modules():
+                for slot in (child._parameters, child._buffers, vars(child)):
+                    for name, tensor in slot.items():
+                        if not isinstance(tensor, Tensor):
+                            continue
+                        if not tensor.is_inference() and not tensor.requires_grad:
+                            continue
+                        if id(tensor) not in aliases:  # tied weights stay tied
+                            aliases[id(tensor)] = _alias(tensor)
+                        swapped.append((slot, name, tensor, aliases[id(tensor)]))
+            for slot, name, _, alias in swapped:
+                slot[name] = alias
+        yield
+    finally:
+        for slot, name, tensor, alias in swapped:
+            # Where the host moved the weight meanwhile (`.to()` in an eviction), the old tensor names the old device.
+            if slot.get(name) is alias and alias.data_ptr() == tensor.data_ptr():
+                slot[name] = tensor
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """A normal tensor over the storage of `tensor`, a frozen Parameter if that is what `tensor` is."""
+    view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    view.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+    return nn.Parameter(view, requires_grad=False) if isinstance(tensor, nn.Parameter) else view
+
+
+@contextlib.contextmanager
+def _normal_attributes(holder: Any) -> Iterator[None]:
+    before = dict(vars(holder))
+    clones = {name: clone for name, value in before.items() if (clone := normal(value)) is not value}
+    try:
+        vars(holder).update(clones)
+        yield
+    finally:
+        for name, clone in clones.items():
+            if vars(holder).get(name) is clone:
+                setattr(holder, name, before[name])
+
+
+@contextlib.contextmanager
+def _checkpointed_blocks(diffusion_model: nn.Module) -> Iterator[None]:
+    """Activation checkpointing on each block of a U-Net or a transformer."""
+    blocks = list(_blocks(diffusion_model))
+    try:
+        for block in blocks:
+            block.forward = _recomputed(block.forward)
+        yield
+    finally:
+        for block in blocks:
+            vars(block).pop("forward", None)
+
+
+def _blocks(diffusion_model: nn.Module) -> Iterator[nn.Module]:
+    """The repeated units of a diffusion model.
+
+    ComfyUI's U-Net never calls its `TimestepEmbedSequential`s but their children one by one; a transformer calls the
+    entries of its block lists.
+    """
+    for child in diffusion_model.children():
+        entries = child if isinstance(child, nn.ModuleList) else [child] if isinstance(child, nn.Sequential) else []
+        for entry in entries:
+            yield from entry if isinstance(entry, nn.Sequential) else [entry]
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        # The host writes the block's position into one shared options dict before each block: keep this block's.
+        then_args, then_kwargs = [_snapshot(a) for a in args], {k: _snapshot(v) for k, v in kwargs.items()}
+        first = True
+
+        def block() -> Any:
+            nonlocal first
+            if first:
+                first = False
+                return forward(*args, **kwargs)
+            return forward(*then_args, **then_kwargs)
+
+        return checkpoint(block, use_reentrant=False, preserve_rng_state=False)
+
+    return run
+
+
+def _snapshot(value: Any) -> Any:
+    return dict(value) if isinstance(value, dict) else value

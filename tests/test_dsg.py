@@ -1,0 +1,385 @@
+"""DSG against closed forms, on a mixture of Gaussians whose denoiser is exact."""
+
+from __future__ import annotations
+
+import math
+
+import comfy.samplers
+import gaussian_mixture
+import pytest
+import torch
+from sphereguide import host
+from sphereguide.losses.base import Loss
+from sphereguide.samplers.dsg import GRADIENTS, Guidance, guided, on_sphere
+from sphereguide.samplers.trace import GuidanceTrace
+from torch import Tensor
+
+N = math.prod(gaussian_mixture.SHAPE)
+TARGET = torch.linspace(-1, 1, N).reshape(gaussian_mixture.SHAPE)
+
+
+class Distance(Loss):
+    """‖x̂₀ − target_i‖ for sample i, on latents."""
+
+    space = "latent"
+
+    def __init__(self, targets: Tensor = TARGET[None]) -> None:
+        super().__init__()
+        self.register_buffer("targets", targets)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return torch.linalg.vector_norm((latents - self.targets.to(latents)).flatten(1), dim=1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return gaussian_mixture.patcher()
+
+
+def run(model, name="euler_ancestral", loss=None, options=None, settings=None, **kwargs):
+    sampler = comfy.samplers.ksampler(name, dict(options or {}))
+    trace = GuidanceTrace()
+    with torch.inference_mode():
+        loss = Distance() if loss is None else loss
+    sampler = guided(sampler, Guidance(loss, **(settings or {})), trace)
+    return gaussian_mixture.sample(sampler, model, **kwargs), trace
+
+
+def unguided(model, name="euler_ancestral", options=None, **kwargs):
+    return gaussian_mixture.sample(comfy.samplers.ksampler(name, dict(options or {})), model, **kwargs)
+
+
+# -- the formula -------------------------------------------------------------------------------------------------------
+
+
+def test_on_sphere_is_the_formula_of_the_paper():
+    eps, g, rate = torch.randn(3, *gaussian_mixture.SHAPE), torch.randn(3, *gaussian_mixture.SHAPE), 0.3
+    for i in range(3):  # one sample at a time, vector by vector
+        e, d = eps[i].flatten(), -math.sqrt(N) * g[i].flatten() / g[i].norm()
+        m = e + rate * (d - e)
+        expected = (math.sqrt(N) * m / m.norm()).reshape(gaussian_mixture.SHAPE)
+        torch.testing.assert_close(on_sphere(eps, g, rate)[i], expected)
+
+
+def test_rate_one_is_steepest_descent_and_five_dimensional_latents_work():
+    eps, g = torch.randn(2, 4, 3, 2, 2), torch.randn(2, 4, 3, 2, 2)
+    expected = -math.sqrt(48) * g / g.flatten(1).norm(dim=1).reshape(2, 1, 1, 1, 1)
+    torch.testing.assert_close(on_sphere(eps, g, 1.0), expected)
+
+
+def test_with_a_mask_the_sphere_is_that_of_the_free_coordinates():
+    eps, g = torch.randn(2, 4, 2, 2), torch.randn(2, 4, 2, 2)
+    free = torch.zeros(2, 4, 2, 2, dtype=torch.bool)
+    free[..., 0] = True
+    turned = on_sphere(eps, g, 0.4, free)
+    assert torch.equal(turned[..., 1], eps[..., 1])
+    torch.testing.assert_close(turned[..., :1], on_sphere(eps[..., :1], g[..., :1], 0.4))
+
+
+# -- the sampler -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", host.stochastic_samplers())
+def test_rate_zero_is_the_unguided_sampler_bit_for_bit(model, name):
+    guided_latent, trace = run(model, name, settings={"guidance_rate": 0.0}, batch=2)
+    assert torch.equal(guided_latent, unguided(model, name, batch=2))
+    assert trace.steps == []
+
+
+class Indifferent(Loss):
+    """A loss that does not depend on the image."""
+
+    space = "latent"
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return torch.ones(len(latents))
+
+
+@pytest.mark.parametrize("name", host.stochastic_samplers())
+def test_noise_comes_from_the_source_that_the_sampler_would_have_used(model, name):
+    # A zero gradient leaves each ε alone, so the same bits mean the same source, seed and order of draws.
+    latent, trace = run(model, name, Indifferent(), batch=2)
+    assert torch.equal(latent, unguided(model, name, batch=2))
+    assert trace.steps and all(all(step.skipped) for step in trace.steps)
+
+
+@pytest.mark.parametrize("name", host.stochastic_samplers())
+def test_guided_noise_lies_on_the_sphere_and_the_loss_falls(model, name):
+    latent, trace = run(model, name, settings={"guidance_rate": 0.3}, batch=3, steps=20)
+    radii = torch.tensor([step.radius for step in trace.steps])
+    assert len(radii) >= 15
+    assert (radii - 1).abs().max() < 1e-4
+    assert not any(any(step.skipped) for step in trace.steps)
+    loss = Distance()
+    assert (loss(latent) < loss(unguided(model, name, batch=3, steps=20))).all()
+
+
+@pytest.mark.parametrize(
+    "gradient, model_type", [("full", "EPS"), ("full", "V_PREDICTION"), ("full", "FLOW"), ("fast", "EPS")]
+)
+def test_the_gradient_is_that_of_finite_differences_in_float64(gradient, model_type):
+    model, loss, h = gaussian_mixture.patcher(model_type), Distance(), 1e-5
+    x = torch.randn(2, *gaussian_mixture.SHAPE, dtype=torch.float64)
+    sigmas = torch.tensor([0.6, 0.3, 0.0], dtype=torch.float64)
+    found = {}
+
+    def one_step(model, _x, _sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None):
+        def denoise(x):
+            return model(x, sigmas[0].expand(2), **extra_args)
+
+        def central_difference(f, x, k):
+            step = torch.zeros(2, N, dtype=torch.float64)
+            step[:, k] = h
+            step = step.reshape(x.shape)
+            return (f(x + step) - f(x - step)) / (2 * h)
+
+        if gradient == "fast":  # with respect to x̂₀
+            numeric = [central_difference(loss, denoise(x), k) for k in range(N)]
+        else:
+            numeric = [central_difference(lambda x: loss(denoise(x)), x, k) for k in range(N)]
+        found["numeric"] = torch.stack(numeric, 1)
+        denoise(x)
+        found["noise"] = noise_sampler(sigmas[0], sigmas[1])  # at rate 1 from nothing: −√n·g/‖g‖
+        return _x
+
+    silent = {"noise_sampler": lambda sigma, sigma_next: torch.zeros_like(x)}
+    settings = Guidance(loss, guidance_rate=1.0, gradient=gradient)
+    gaussian_mixture.sample(
+        guided(comfy.samplers.KSAMPLER(one_step, silent), settings, trace := GuidanceTrace()), model, batch=2, steps=2
+    )
+    norm = torch.tensor(trace.steps[0].gradient_norm, dtype=torch.float64)[:, None]
+    analytic = -found["noise"].flatten(1) * norm / math.sqrt(N)
+    torch.testing.assert_close(analytic, found["numeric"], rtol=1e-5, atol=1e-7)
+
+
+def test_each_sample_of_a_batch_is_guided_by_its_own_loss_alone(model):
+    targets = torch.stack([TARGET, -TARGET, 2 * TARGET])
+    noise = torch.randn(3, *gaussian_mixture.SHAPE)
+    draws = [torch.randn(3, *gaussian_mixture.SHAPE) for _ in range(20)]
+
+    def replay(index):
+        remaining = iter(draws)
+        return lambda sigma, sigma_next: next(remaining)[index]
+
+    settings = {"guidance_rate": 0.4}
+    batch, _ = run(
+        model,
+        loss=Distance(targets),
+        options={"noise_sampler": replay(slice(None))},
+        settings=settings,
+        batch=3,
+        noise=noise,
+    )
+    for i in range(3):
+        one = slice(i, i + 1)
+        single, _ = run(
+            model,
+            loss=Distance(targets[one]),
+            options={"noise_sampler": replay(one)},
+            settings=settings,
+            noise=noise[one],
+        )
+        torch.testing.assert_close(batch[one], single, rtol=1e-4, atol=1e-5)
+
+
+def test_epsilon_and_v_prediction_agree():
+    settings = {"guidance_rate": 0.3}
+    eps, _ = run(gaussian_mixture.patcher("EPS"), settings=settings, batch=2)
+    v, _ = run(gaussian_mixture.patcher("V_PREDICTION"), settings=settings, batch=2)
+    torch.testing.assert_close(eps, v, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_each_gradient_mode_lowers_the_loss_under_cfg(model, gradient):
+    settings = {"guidance_rate": 0.3, "gradient": gradient}
+    latent, _ = run(model, settings=settings, batch=4, cfg=3.0)
+    assert (Distance()(latent) < Distance()(unguided(model, batch=4, cfg=3.0))).all()
+
+
+def test_cond_only_is_the_full_gradient_less_its_unconditional_part():
+    # With cfg 1 there is no unconditional half: the two modes agree to the bit. With cfg 3 they differ.
+    model = gaussian_mixture.patcher()
+    for cfg, same in ((1.0, True), (3.0, False)):
+        full, _ = run(model, settings={"gradient": "full"}, cfg=cfg)
+        cond_only, _ = run(model, settings={"gradient": "cond only"}, cfg=cfg)
+        assert torch.equal(full, cond_only) is same
+
+
+def test_cond_only_builds_no_graph_for_the_unconditional_half():
+    model = gaussian_mixture.patcher()
+    shifts_with_graph = []
+    apply_model = model.model.apply_model
+
+    def spy(x, t, c_crossattn=None, **kwargs):
+        if torch.is_grad_enabled() and x.requires_grad:
+            shifts_with_graph.append(round(float(c_crossattn[0, 0, 0]), 3))
+        return apply_model(x, t, c_crossattn=c_crossattn, **kwargs)
+
+    model.model.apply_model = spy
+    run(model, settings={"gradient": "cond only"}, cfg=3.0)
+    assert set(shifts_with_graph) == {0.3}
+
+
+def test_the_workflows_own_function_wrapper_still_runs_in_cond_only():
+    model = gaussian_mixture.patcher()
+    seen = []
+
+    def wrapper(apply_model, parameters):
+        seen.append(set(parameters["c"]))
+        return apply_model(parameters["input"], parameters["timestep"], **parameters["c"])
+
+    model.set_model_unet_function_wrapper(wrapper)
+    run(model, settings={"gradient": "cond only"}, cfg=3.0)
+    assert seen and not any("sphereguide" in key for keys in seen for key in keys)
+
+
+def test_interval_and_range_choose_the_steps():
+    model = gaussian_mixture.patcher()
+    _, every = run(model, steps=8)
+    assert [step.step for step in every.steps] == [0, 1, 2, 3, 4, 5, 6]  # the last step draws no noise
+    _, third = run(model, settings={"interval": 3}, steps=8)
+    assert [step.step for step in third.steps] == [0, 3, 6]
+    _, middle = run(model, settings={"start_percent": 0.3, "end_percent": 0.6}, steps=8)
+    bounds = [model.model.model_sampling.percent_to_sigma(p) for p in (0.3, 0.6)]
+    expected = [step.step for step in every.steps if bounds[1] <= step.sigma <= bounds[0]]
+    assert [step.step for step in middle.steps] == expected and 0 < len(expected) < 7
+
+
+def test_before_the_range_begins_the_run_is_the_unguided_one():
+    model = gaussian_mixture.patcher()
+    seen: dict[str, list[Tensor]] = {"guided": [], "unguided": []}
+    run(model, settings={"start_percent": 0.5}, callback=lambda i, d, x, n: seen["guided"].append(x.clone()))
+    unguided(model, callback=lambda i, d, x, n: seen["unguided"].append(x.clone()))
+    same = [torch.equal(a, b) for a, b in zip(seen["guided"], seen["unguided"], strict=True)]
+    assert same[0] and same[1] and not same[-1] and same == sorted(same, reverse=True)
+
+
+@pytest.mark.parametrize("name, draws", [("dpmpp_sde", 2), ("seeds_2", 2), ("seeds_3", 3), ("dpm_2_ancestral", 1)])
+def test_each_draw_of_a_step_follows_the_latest_model_call(model, name, draws):
+    if name not in comfy.samplers.KSampler.SAMPLERS:
+        pytest.skip(f"this host has no sampler {name}")
+    _, trace = run(model, name, steps=5)
+    for step in range(4):
+        sigmas = [entry.sigma for entry in trace.steps if entry.step == step]
+        assert len(sigmas) == draws
+        assert len(set(sigmas)) == draws  # each with a model call of its own
+
+
+def test_a_denoise_mask_keeps_its_region_and_guides_the_rest(model):
+    latent = torch.randn(2, *gaussian_mixture.SHAPE)
+    mask = torch.zeros(2, 1, 2, 2)
+    mask[..., 0] = 1
+    kwargs = {"batch": 2, "latent": latent, "denoise_mask": mask}
+    result, trace = run(model, settings={"guidance_rate": 0.3}, **kwargs)
+    torch.testing.assert_close(result[..., 1], latent[..., 1], rtol=1e-4, atol=1e-4)
+    radii = torch.tensor([step.radius for step in trace.steps])
+    assert (radii - 1).abs().max() < 1e-4
+    assert (Distance()(result) < Distance()(unguided(model, **kwargs))).all()
+
+
+def test_guiding_twice_is_refused(model):
+    inner = guided(comfy.samplers.ksampler("euler_ancestral"), Guidance(Distance()), GuidanceTrace())
+    outer = guided(inner, Guidance(Distance(-TARGET[None])), GuidanceTrace())
+    with pytest.raises(ValueError, match="guided already"):
+        gaussian_mixture.sample(outer, model)
+
+
+def test_a_trace_is_emptied_when_a_run_begins(model):
+    trace = GuidanceTrace()
+    sampler = guided(comfy.samplers.ksampler("euler_ancestral"), Guidance(Distance()), trace)
+    for _ in range(2):
+        gaussian_mixture.sample(sampler, model, batch=2)
+        assert len(trace.steps) == 7
+        assert len(trace.steps[0].loss) == 2
+    assert trace.steps[0].sigma > trace.steps[0].sigma_next > 0
+
+
+def test_the_wrapper_keeps_options_and_shows_the_samplers_signature():
+    import inspect
+
+    sampler = comfy.samplers.ksampler("euler_ancestral", {"eta": 0.7}, {"random": True})
+    wrapped = guided(sampler, Guidance(Distance()), GuidanceTrace())
+    assert "noise_sampler" in inspect.signature(wrapped.sampler_function).parameters
+    assert wrapped.extra_options == {"eta": 0.7} and wrapped.extra_options is not sampler.extra_options
+    assert wrapped.inpaint_options == {"random": True} and wrapped.inpaint_options is not sampler.inpaint_options
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+class Broken(Distance):
+    """NaN for the second sample."""
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return super().forward(latents) * torch.tensor([1.0, float("nan"), 1.0])
+
+
+def test_nan_leaves_the_noise_of_its_sample_alone_and_warns_once(model, caplog):
+    result, trace = run(model, loss=Broken(), batch=3)
+    assert all(step.skipped == [False, True, False] for step in trace.steps)
+    plain, good = unguided(model, batch=3), run(model, batch=3)[0]
+    torch.testing.assert_close(result[1], plain[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result[[0, 2]], good[[0, 2]], rtol=1e-4, atol=1e-5)
+    warnings = [record.getMessage() for record in caplog.records if record.name == "sphereguide"]
+    assert len(warnings) == 1 and "7 of 7" in warnings[0]
+
+
+def test_a_perfect_fit_has_a_gradient_of_zero_not_nan():
+    loss = Distance()
+    latents = TARGET[None].clone().requires_grad_()
+    loss(latents).sum().backward()
+    assert torch.equal(latents.grad, torch.zeros_like(latents))
+
+
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "ddim", "uni_pc"])
+def test_deterministic_samplers_are_known_as_such(name):
+    assert host.adds_noise(comfy.samplers.sampler_object(name)) is False
+
+
+def test_eta_zero_counts_as_deterministic():
+    assert host.adds_noise(comfy.samplers.ksampler("euler_ancestral", {"eta": 0.0})) is False
+    assert host.adds_noise(comfy.samplers.ksampler("dpmpp_2m_sde", {"s_noise": 0.0})) is False
+    assert host.adds_noise(comfy.samplers.ksampler("euler_ancestral", {"eta": 0.5})) is True
+
+
+def test_trying_a_sampler_leaves_the_random_numbers_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    host.adds_noise(comfy.samplers.ksampler("lcm"))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_sampler_that_never_draws_is_refused_while_it_runs(model):
+    def pretends(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None):
+        for sigma in sigmas[:-1]:
+            x = model(x, sigma.expand(len(x)), **extra_args)
+        return x
+
+    sampler = guided(comfy.samplers.KSAMPLER(pretends), Guidance(Distance()), GuidanceTrace())
+    with pytest.raises(ValueError, match=r"drew none.*euler_ancestral"):
+        gaussian_mixture.sample(sampler, model)
+
+
+def test_a_model_without_gradients_is_refused_with_a_way_out():
+    model = gaussian_mixture.patcher()
+    apply_model = model.model.apply_model
+    model.model.apply_model = torch.no_grad()(apply_model)
+    with pytest.raises(RuntimeError, match=r"without gradients.*'fast'"):
+        run(model, settings={"gradient": "full"})
+    run(model, settings={"gradient": "fast"})
+
+
+def test_after_an_error_in_the_loss_the_model_is_as_it_was(model):
+    class Raises(Loss):
+        space = "latent"
+
+        def forward(self, latents):
+            raise RuntimeError("boom")
+
+    before = {name: (id(p), p.data_ptr()) for name, p in model.model.named_parameters()}
+    plain = unguided(model)
+    with pytest.raises(RuntimeError, match="boom"):
+        run(model, loss=Raises())
+    assert {name: (id(p), p.data_ptr()) for name, p in model.model.named_parameters()} == before
+    assert torch.equal(unguided(model), plain)
