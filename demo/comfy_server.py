@@ -37,10 +37,10 @@ class PromptRejected(RuntimeError):
         self.report = report
         reasons = [
             f"{node['class_type']} (node {node_id}): {error['message']} {error['details']}".strip()
-            for node_id, node in report.get("node_errors", {}).items()
+            for node_id, node in dict(report["node_errors"]).items()  # an empty list where no node is to blame
             for error in node["errors"]
         ]
-        super().__init__("; ".join(reasons) or str(report.get("error", report)))
+        super().__init__("; ".join(reasons) or report["error"]["message"])
 
 
 class ExecutionError(RuntimeError):

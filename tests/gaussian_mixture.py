@@ -92,6 +92,7 @@ def sample(
     *,
     batch: int = 1,
     steps: int = 8,
+    scheduler: str = "normal",
     cfg: float = 1.0,
     seed: int = 1,
     guider: Callable[..., Any] = comfy.samplers.CFGGuider,
@@ -105,7 +106,7 @@ def sample(
         guide = guider(model)
         guide.set_conds(copy.deepcopy(conditioning(0.3)), copy.deepcopy(conditioning(-0.2)))
         guide.set_cfg(cfg)
-        sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, "normal", steps)
+        sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, scheduler, steps)
         latent = torch.zeros(batch, *SHAPE) if latent is None else latent
         if noise is None:
             noise = torch.randn(latent.shape, generator=torch.manual_seed(seed))
