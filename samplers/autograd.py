@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .. import host
 
@@ -172,21 +171,46 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
+        values = [*args, *kwargs.values()]
+        places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
         # The host writes the block's position into one shared options dict before each block: keep this block's.
-        then_args, then_kwargs = [_snapshot(a) for a in args], {k: _snapshot(v) for k, v in kwargs.items()}
-        first = True
+        values = [dict(value) if isinstance(value, dict) else value for value in values]
 
-        def block() -> Any:
-            nonlocal first
-            if first:
-                first = False
-                return forward(*args, **kwargs)
-            return forward(*then_args, **then_kwargs)
+        def block(*tensors: Tensor) -> Any:
+            for i, tensor in zip(places, tensors, strict=True):
+                values[i] = tensor
+            result = forward(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
+            for i in places:
+                values[i] = None
+            return result
 
-        return checkpoint(block, use_reentrant=False, preserve_rng_state=False)
+        return _Recomputed.apply(block, *(values[i] for i in places))
 
     return run
 
 
-def _snapshot(value: Any) -> Any:
-    return dict(value) if isinstance(value, dict) else value
+class _Recomputed(torch.autograd.Function):
+    """Calls a function without keeping its activations, and calls it again in the backward pass.
+
+    `torch.utils.checkpoint` can't serve. Without reentry it keeps what it recomputes where neither the version check
+    nor `allow_mutation_on_saved_tensors` sees it, so a block that adds in place gets a wrong gradient and no error.
+    With reentry it refuses `torch.autograd.grad`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, block: Callable[..., Any], *tensors: Tensor) -> Any:
+        ctx.block = block
+        ctx.save_for_backward(*tensors)
+        return block(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        leaves = [
+            tensor.detach().requires_grad_(needed)
+            for tensor, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
+        ]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        with torch.enable_grad():
+            outputs = ctx.block(*(leaf.clone() if leaf.requires_grad else leaf for leaf in leaves))
+        found = iter(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
+        return None, *(next(found) if leaf.requires_grad else None for leaf in leaves)
