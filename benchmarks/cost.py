@@ -2,11 +2,11 @@
 
     python quickstart.py bench cost [--quick] [--json FILE]
 
-Each cell runs a guided and an unguided sampler in turn, on the same noise, several times; `step_ratio` is the median of
-the paired ratios. The loss is on latents and costs nothing, so the ratio is that of the model alone; rows of the kind
-"loss" give what the demo's loss adds, its decode through the VAE and its backward pass included. Rows of the kind "bare"
-are a forward and backward pass written by hand, on weights that were normal tensors all along: what `full` takes beyond
-them is the wrapper's own share. The first run of a cell also pays for preparing the weights, which is `setup_ms`.
+Each cell runs a guided and an unguided sampler in turn, on the same noise, several times; `step_ratio` is the median
+of the paired ratios. The loss is on latents and costs nothing, so the ratio is that of the model alone; rows of the
+kind "loss" give what the demo's loss adds, its decode through the VAE and its backward pass included. Rows of the kind
+"bare" are a forward and backward pass written by hand: what `full` takes beyond them is the wrapper's own share of a
+step. Once a run, the weights are prepared and put back: `setup_ms`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ class Bench:
             guider.sample(
                 self.noise, torch.zeros_like(self.noise), sampler, sigmas, callback=callback, disable_pbar=True, seed=0
             )
-        return [after - before for before, after in zip(stamps[:-2], stamps[1:-1], strict=True)]
+        return [after - before for before, after in pairwise(stamps[:-1])]
 
 
 def synchronize() -> None:
@@ -126,7 +127,7 @@ def dsg(**settings: Any) -> comfy.samplers.KSAMPLER:
 
 
 def measure(bench: Bench, sampler: comfy.samplers.KSAMPLER, cfg: float, pairs: int) -> dict[str, float]:
-    """Medians of the paired ratio and of both times, in ms, and the peak of memory beyond what the model itself takes."""
+    """Medians of the paired ratio and of both times, in ms, and the peak of memory beyond what the model takes."""
     ratios, guided_ms, plain_ms = [], [], []
     memory = peak_memory(lambda: bench.run(sampler, cfg))
     for _ in range(pairs):

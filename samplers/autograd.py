@@ -70,7 +70,7 @@ def normal(value: Any) -> Any:
             return value
         with torch.inference_mode(False):
             return value.clone()
-    if isinstance(value, dict):
+    if type(value) is dict:
         items = {key: normal(item) for key, item in value.items()}
         return items if any(items[key] is not value[key] for key in items) else value
     if type(value) in (list, tuple):

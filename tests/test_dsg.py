@@ -108,7 +108,7 @@ def test_guided_noise_lies_on_the_sphere_and_the_loss_falls(model, name):
     schedule = {"batch": 3, "steps": 20, "scheduler": "exponential"}  # the third-order one needs an even spacing
     latent, trace = run(model, name, settings={"guidance_rate": 0.3}, **schedule)
     radii = torch.tensor([step.radius for step in trace.steps])
-    assert len(radii) >= 15
+    assert len(radii) >= 6  # sa_solver draws in a part of the schedule only, the others in all but the last step
     assert (radii - 1).abs().max() < 1e-4
     assert not any(any(step.skipped) for step in trace.steps)
     loss = Distance()
