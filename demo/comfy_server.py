@@ -181,11 +181,15 @@ class ComfyServer:
         self.post("/interrupt", {})
 
     def queue(self, prompt: dict) -> str:
-        """Queue a prompt in API format and return its id. Raises PromptRejected."""
+        """Queue a prompt in API format and return its id. Raises PromptRejected if any part of it is wrong."""
         try:
-            return json.loads(self.post("/prompt", {"prompt": prompt, "client_id": self.client_id}))["prompt_id"]
+            answer = json.loads(self.post("/prompt", {"prompt": prompt, "client_id": self.client_id}))
         except urllib.error.HTTPError as error:
             raise PromptRejected(json.loads(error.read())) from None
+        if answer["node_errors"]:  # The server would run the other outputs.
+            self.post("/queue", {"delete": [answer["prompt_id"]]})
+            raise PromptRejected(answer)
+        return answer["prompt_id"]
 
     def images(self, run: Run, node_id: str) -> list[bytes]:
         """The image files that an output node of this run made."""

@@ -111,7 +111,7 @@ def contact_sheet(originals: list[np.ndarray], results: dict[str, dict[str, Any]
     for x0, (name, result) in zip(left, results.items(), strict=True):
         text(x0 + 1.5 * cell + gap, margin + 12, WORKFLOWS[name], title, "#111111")
         gain = np.mean(result["psnr_guided"]) - np.mean(result["psnr_unguided"])
-        text(x0 + 1.5 * cell + gap, margin + 32, f"guidance gains {gain:.1f} dB", small, "#777777")
+        text(x0 + 1.5 * cell + gap, margin + 32, f"guidance: {gain:+.1f} dB", small, "#777777")
         for column, stage in enumerate(STAGES):
             text(x0 + column * (cell + gap) + cell / 2, margin + head - 14, stage, label)
     for row, original in enumerate(originals):

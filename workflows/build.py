@@ -4,7 +4,8 @@
 from the same list of nodes, the two cannot drift apart; `tests/test_workflows.py` checks that these files are what this
 script writes and, against a running ComfyUI, that the first converts to the second.
 
-`python workflows/build.py --thumbnails DIR` also makes the thumbnails, from what `quickstart.py demo --out DIR` wrote.
+`python workflows/build.py --pictures DIR` also makes their thumbnails and the portrait that they start from, out of what
+`quickstart.py demo --out DIR` wrote.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -385,13 +387,16 @@ def files() -> dict[Path, str]:
     }
 
 
+SHOWN = 1  # which of the demo's portraits
+
+
 def thumbnail(name: str, demo: Path) -> None:
-    """Degraded beside guided, of the first portrait that the demo restored."""
+    """Degraded beside guided."""
     from PIL import Image
 
     pair = Image.new("RGB", (512, 256))
     for column, stage in enumerate(("degraded", "guided")):
-        with Image.open(demo / name / f"0_{stage}.png") as picture:
+        with Image.open(demo / name / f"{SHOWN}_{stage}.png") as picture:
             nearest = picture.width < 128  # the small picture of super-resolution shows its pixels
             resample = Image.Resampling.NEAREST if nearest else Image.Resampling.LANCZOS
             pair.paste(picture.convert("RGB").resize((256, 256), resample), (256 * column, 0))
@@ -400,14 +405,15 @@ def thumbnail(name: str, demo: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--thumbnails", type=Path, metavar="DIR", help="what quickstart.py demo wrote")
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help="what quickstart.py demo wrote")
     options = parser.parse_args()
     for path, text in files().items():
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    if options.thumbnails:
+    if options.pictures:
+        shutil.copy(options.pictures / f"portrait_{SHOWN}.png", HERE / PICTURE)
         for name in WORKFLOWS:
-            thumbnail(name, options.thumbnails)
+            thumbnail(name, options.pictures)
 
 
 if __name__ == "__main__":

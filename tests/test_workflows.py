@@ -1,0 +1,127 @@
+"""The workflow files: written by their script, the same in both formats, and known to this host."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comfy_server import ComfyServer
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+
+
+def read(*path: str) -> dict[str, Any]:
+    return json.loads(ROOT.joinpath("workflows", *path).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def build() -> Any:
+    spec = importlib.util.spec_from_file_location("build", ROOT / "workflows" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_files_are_what_the_script_writes(build: Any) -> None:
+    for path, text in build.files().items():
+        assert path.read_text(encoding="utf-8") == text, f"run workflows/build.py: {path.name} is not what it writes"
+    assert set(WORKFLOWS) == set(build.WORKFLOWS)
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_thumbnail_lies_beside_the_workflow(name: str) -> None:
+    with Image.open(ROOT / "workflows" / f"{name}.jpg") as thumbnail:
+        assert min(thumbnail.size) >= 256
+
+
+def test_picture_of_the_workflows_lies_beside_them(build: Any) -> None:
+    with Image.open(ROOT / "workflows" / build.PICTURE) as picture:
+        assert picture.size == (128, 128)
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_nodes_do_not_overlap_and_lie_in_their_groups(name: str) -> None:
+    workflow = read(f"{name}.json")
+    title = 30  # of a node or a group, above its position
+    boxes = {
+        node["id"]: (*node["pos"], node["pos"][0] + node["size"]["0"], node["pos"][1] + node["size"]["1"])
+        for node in workflow["nodes"]
+    }
+    for one, (left, top, right, bottom) in boxes.items():
+        for other, (x0, y0, x1, y1) in boxes.items():
+            apart = right <= x0 or x1 <= left or bottom + title <= y0 or y1 + title <= top
+            assert one == other or apart, f"nodes {one} and {other} overlap"
+        inside = [
+            (x, y, x + width, y + height)
+            for x, y, width, height in (group["bounding"] for group in workflow["groups"])
+            if not (right <= x or x + width <= left or bottom <= y or y + height <= top)
+        ]
+        assert all(x <= left and y + title <= top and right <= x1 and bottom <= y1 for x, y, x1, y1 in inside)
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_wires_run_from_left_to_right(name: str) -> None:
+    workflow = read(f"{name}.json")
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    for _, source, _, target, _, _ in workflow["links"]:
+        right = nodes[source]["pos"][0] + nodes[source]["size"]["0"]
+        assert right < nodes[target]["pos"][0] or nodes[source]["pos"][0] == nodes[target]["pos"][0]
+
+
+def to_api(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]:
+    """What the page would send for this workflow: widgets in the order in which the host lists them."""
+    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    prompt = {}
+    for node in workflow["nodes"]:
+        if node["type"] == "Note":
+            continue
+        declared = object_info[node["type"]]["input"]
+        inputs = {}
+        values = iter(node["widgets_values"])
+        for name, (kind, *options) in {**declared.get("required", {}), **declared.get("optional", {})}.items():
+            if not (isinstance(kind, list) or kind in WIDGETS):
+                continue
+            inputs[name] = next(values)
+            if name in ("seed", "noise_seed"):
+                assert next(values) == "fixed"  # control_after_generate, which the page adds
+            if options and options[0].get("image_upload"):
+                assert next(values) == "image"  # the upload button
+        assert not list(values), f"{node['type']} has more widget values than widgets"
+        for socket in node["inputs"]:
+            if socket["link"] is not None:
+                inputs[socket["name"]] = links[socket["link"]]
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_page_format_converts_to_the_api_twin(comfy_server: ComfyServer, name: str) -> None:
+    twin = {
+        key: {part: node[part] for part in ("class_type", "inputs")}
+        for key, node in read("api", f"{name}.json").items()
+    }
+    assert to_api(read(f"{name}.json"), comfy_server.get_json("/object_info")) == twin
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_sockets_are_those_of_this_host(comfy_server: ComfyServer, name: str) -> None:
+    object_info = comfy_server.get_json("/object_info")
+    for node in read(f"{name}.json")["nodes"]:
+        if node["type"] == "Note":
+            continue
+        info = object_info[node["type"]]
+        declared = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+        sockets = [key for key, (kind, *_) in declared.items() if not (isinstance(kind, list) or kind in WIDGETS)]
+        assert [socket["name"] for socket in node["inputs"]] == sockets
+        assert [socket["type"] for socket in node["outputs"]] == info["output"]
+        assert [socket["name"] for socket in node["outputs"]] == info["output_name"]
