@@ -4,8 +4,8 @@
 from the same list of nodes, the two cannot drift apart; `tests/test_workflows.py` checks that these files are what this
 script writes and, against a running ComfyUI, that the first converts to the second.
 
-`python workflows/build.py --pictures DIR` also makes their thumbnails and the portrait that they start from, out of what
-`quickstart.py demo --out DIR` wrote.
+`python workflows/build.py --pictures DIR` also makes their thumbnails and the portrait that they start from, out of
+what `quickstart.py demo --out DIR` wrote.
 """
 
 from __future__ import annotations
