@@ -15,13 +15,14 @@ import comfy.model_sampling
 import comfy.samplers
 import torch
 from comfy.k_diffusion import sampling as k_diffusion
+from comfy.ldm.modules.attention import BasicTransformerBlock
 from torch import Tensor
 
 __all__ = [
     "adds_noise",
     "base_model",
     "guider",
-    "mutates_activations",
+    "kept_activations",
     "noise_source",
     "stochastic_samplers",
     "training_kernels",
@@ -50,12 +51,32 @@ def training_kernels() -> Iterator[None]:
         management.in_training = before
 
 
-@functools.cache
-def mutates_activations() -> bool:
-    """Whether this host's attention blocks add to their activations in place, as those of 2024 do."""
-    from comfy.ldm.modules.attention import BasicTransformerBlock
+@contextlib.contextmanager
+def kept_activations(module: torch.nn.Module) -> Iterator[None]:
+    """Lets autograd keep what the transformer blocks of 2024 overwrite.
 
-    return " += " in inspect.getsource(BasicTransformerBlock)
+    Those add to their input in place (`x += n`) behind the norm that autograd keeps it for, so each norm gets a copy to
+    keep: what addition out of place would have cost, and what it costs on newer hosts.
+    """
+    handles = []
+    if _adds_in_place():
+        blocks = (block for block in module.modules() if isinstance(block, BasicTransformerBlock))
+        norms = (norm for block in blocks for norm in block.children() if isinstance(norm, torch.nn.LayerNorm))
+        handles = [norm.register_forward_pre_hook(_copy_input) for norm in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@functools.cache
+def _adds_in_place() -> bool:
+    return "x += n" in inspect.getsource(BasicTransformerBlock)
+
+
+def _copy_input(norm: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+    return (inputs[0].clone(),) if torch.is_grad_enabled() else None
 
 
 # -- the objects behind a sampler function's `model` -------------------------------------------------------------------

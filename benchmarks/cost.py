@@ -12,7 +12,6 @@ step. Once a run, the weights are prepared and put back: `setup_ms`.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import json
 import platform
@@ -108,9 +107,7 @@ def bare() -> comfy.samplers.KSAMPLER:
         guider.conds = normal(guider.conds)
 
         def call(x: torch.Tensor, sigma: torch.Tensor, **extra_args: Any) -> torch.Tensor:
-            mutation = torch.autograd.graph.allow_mutation_on_saved_tensors
-            legal = mutation() if host.mutates_activations() else contextlib.nullcontext()
-            with torch.inference_mode(False), torch.enable_grad(), legal:
+            with torch.inference_mode(False), torch.enable_grad():
                 x = x.detach().clone().requires_grad_()
                 denoised = model(x, sigma.clone(), **extra_args)
                 torch.autograd.grad(denoised.square().sum(), x)

@@ -20,7 +20,7 @@ from .. import host
 
 __all__ = ["Recording", "differentiable", "normal", "without_graph"]
 
-Recording = Callable[[], contextlib.AbstractContextManager[None]]
+Recording = Callable[..., contextlib.AbstractContextManager[None]]
 
 
 @contextlib.contextmanager
@@ -29,9 +29,10 @@ def differentiable(
 ) -> Iterator[Recording]:
     """Within the block, the modules can be differentiated with respect to their input.
 
-    Yields `recording`, a context manager for a forward pass *and* its backward pass: outside of inference mode, with
-    gradients on, with in-place operations on saved activations made legal. Between recordings the block runs in the
-    mode of its surroundings, so that the rest of the sampler sees what it always sees.
+    Yields `recording(mutation=False)`, a context manager for a forward pass *and* its backward pass: outside of
+    inference mode, with gradients on. Between recordings the block runs in the mode of its surroundings, so that the
+    rest of the sampler sees what it always sees. With `mutation`, in-place operations on what autograd keeps are legal;
+    each operation then passes through Python, so that a small model takes twice the time.
 
     modules        loaded models: a `BaseModel`, a VAE's `first_stage_model`, a loss. Weights keep their storage.
     holders        objects whose attributes enter the forward pass: a guider with its conditionings, an inpainting
@@ -42,6 +43,7 @@ def differentiable(
     with contextlib.ExitStack() as stack:
         for module in modules:
             stack.enter_context(_normal_weights(module))
+            stack.enter_context(host.kept_activations(module))
         for holder in holders:
             stack.enter_context(_normal_attributes(holder))
         if checkpointing is not None:
@@ -50,12 +52,12 @@ def differentiable(
 
 
 @contextlib.contextmanager
-def _recording() -> Iterator[None]:
+def _recording(mutation: bool = False) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(host.training_kernels())
-        if host.mutates_activations():
+        if mutation:
             stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
         yield
 

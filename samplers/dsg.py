@@ -177,6 +177,7 @@ class _GuidedModel:
         self.guidance = guidance
         self.trace = trace
         self.recording = recording
+        self.mutation = False  # whether in-place operations have to be made legal
         self.schedule: list[float] = sigmas.tolist()
         self.model = host.base_model(model)
         model_sampling = self.model.model_sampling
@@ -208,9 +209,19 @@ class _GuidedModel:
 
     def _evaluate(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> tuple[Tensor, Tensor, Tensor]:
         """denoised `[B, …]`, loss `[B]`, and the loss's gradient `[B, …]` with respect to x (fast: to denoised)."""
+        try:
+            return self._differentiate(x, sigma, **extra_args)
+        except RuntimeError as error:
+            if self.mutation or "inplace operation" not in str(error):
+                raise
+        # Something in the workflow overwrites what autograd needs, as some model patches do. Slower, but it works.
+        self.mutation = True
+        return self._differentiate(x, sigma, **extra_args)
+
+    def _differentiate(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> tuple[Tensor, Tensor, Tensor]:
         fast = self.guidance.gradient == "fast"
         variable = self.wrapped(x, sigma, **extra_args) if fast else x
-        with self.recording():
+        with self.recording(mutation=self.mutation):
             variable = variable.detach().clone().requires_grad_()
             denoised = variable if fast else self.wrapped(variable, normal(sigma), **extra_args)
             if not denoised.requires_grad:

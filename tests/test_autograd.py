@@ -183,6 +183,25 @@ def test_the_gradient_through_the_unet_is_that_of_finite_differences():
     torch.testing.assert_close((gradient * direction).sum(), numeric.detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_a_patch_that_overwrites_what_autograd_keeps_does_not_break_guidance():
+    patcher = tiny_models.sd15()
+    gentle, _ = run(patcher, image_guidance())
+
+    def overwrite(args):
+        exponential = (args["denoised"] * 1e-3).exp()  # autograd keeps the result of exp
+        return args["denoised"] + exponential.sub_(1)
+
+    def same_without_overwriting(args):
+        return args["denoised"] + ((args["denoised"] * 1e-3).exp() - 1)
+
+    results = []
+    for function in (overwrite, same_without_overwriting):
+        patched = patcher.clone()
+        patched.set_model_sampler_post_cfg_function(function)
+        results.append(run(patched, image_guidance())[0])
+    assert torch.equal(*results) and not torch.equal(results[0], gentle)
+
+
 def test_decoder_is_vae_decode_without_the_clamp_and_has_a_gradient():
     vae = tiny_models.TinyVAE()
     decode = Decoder(vae)
