@@ -3,9 +3,9 @@
 A stochastic step of any sampler is x_next = μ + c·ε with ε Gaussian, and a Gaussian of n dimensions lies on a sphere of
 radius √n. With g = ∇ₓ L(x̂₀(x)), per sample:
 
-    d* = −√n · g/‖g‖            the steepest descent on that sphere (equation 12)
-    m  = ε + g_r·(d* − ε)       g_r = guidance_rate (equation 14)
-    ε' = √n · m/‖m‖             back onto the sphere (equation 15)
+    d* = −√n · g/‖g‖            the steepest descent on that sphere, the paper's closed form
+    m  = ε + g_r·(d* − ε)       g_r = guidance_rate; the random part keeps variety
+    ε' = √n · m/‖m‖             back onto the sphere
 
 c cancels, so a guided sampler is a sampler with a guided `noise_sampler`. The step to sigma 0 draws no noise and is not
 guided.
@@ -23,6 +23,7 @@ from typing import Any, Literal
 import comfy.model_management
 import comfy.samplers
 import torch
+from comfy.conds import CONDConstant
 from torch import Tensor, nn
 
 from .. import host
@@ -64,7 +65,7 @@ class Guidance:
 
 
 def on_sphere(noise: Tensor, gradient: Tensor, guidance_rate: float, free: Tensor | None = None) -> Tensor:
-    """ε' from ε and g, both `[B, …]`: equations 12, 14 and 15, per sample.
+    """ε' from ε and g, both `[B, …]`, per sample.
 
     free  `[B, …]` of bool: the coordinates that the sampler is free to choose (a denoise mask). The sphere is then
           theirs, n their number, and the others keep their noise.
@@ -134,7 +135,7 @@ def _prepared(model: Any, guidance: Guidance, extra_args: dict[str, Any]) -> Ite
             yield recording, extra_args
             return
         conds = guider.conds
-        guider.conds = {**conds, "negative": _marked_constant(conds.get("negative"))}
+        guider.conds = {name: _marked_constant(cond) if name == "negative" else cond for name, cond in conds.items()}
         options = dict(extra_args.get("model_options", {}))
         options["model_function_wrapper"] = _constants_without_graph(options.get("model_function_wrapper"))
         try:
@@ -196,6 +197,8 @@ class _GuidedModel:
             return self.wrapped(x, sigma, **extra_args)
         denoised, loss, gradient = self._evaluate(x, sigma, **extra_args)
         free = self._free_coordinates(x, sigma, **extra_args)
+        if free is not None:
+            gradient = gradient * free
         self.guided_calls += 1
         self.latest = _Evaluation(self.step, sigma, loss, gradient, free)
         return denoised
@@ -295,11 +298,8 @@ def _gradient(loss: Tensor, variable: Tensor) -> Tensor:
 
 
 def _marked_constant(conds: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-    from comfy.conds import CONDConstant
-
-    return conds and [
-        {**cond, "model_conds": {**cond.get("model_conds", {}), _CONSTANT: CONDConstant(True)}} for cond in conds
-    ]
+    mark = {_CONSTANT: CONDConstant(True)}
+    return conds and [{**cond, "model_conds": {**cond.get("model_conds", {}), **mark}} for cond in conds]
 
 
 def _constants_without_graph(wrapper: Callable[..., Tensor] | None) -> Callable[..., Tensor]:

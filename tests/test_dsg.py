@@ -278,6 +278,15 @@ def test_a_denoise_mask_keeps_its_region_and_guides_the_rest(model):
     assert (Distance()(result) < Distance()(unguided(model, **kwargs))).all()
 
 
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_a_mask_that_leaves_nothing_free_leaves_the_latent_alone(model, gradient):
+    latent = torch.randn(1, *gaussian_mixture.SHAPE)
+    mask = torch.zeros(1, 1, 2, 2)
+    result, trace = run(model, settings={"gradient": gradient}, latent=latent, denoise_mask=mask)
+    torch.testing.assert_close(result, latent, rtol=1e-4, atol=1e-4)
+    assert all(step.skipped == [True] for step in trace.steps)
+
+
 def test_guiding_twice_is_refused(model):
     inner = guided(comfy.samplers.ksampler("euler_ancestral"), Guidance(Distance()), GuidanceTrace())
     outer = guided(inner, Guidance(Distance(-TARGET[None])), GuidanceTrace())
