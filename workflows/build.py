@@ -63,11 +63,13 @@ TYPES = {
     "SphereGuideSuperResolutionLoss": Type({"image": "IMAGE"}, {"loss": "GUIDANCE_LOSS"}),
     "SphereGuideToyPortraits": Type({}, {"MODEL": "MODEL", "CLIP": "CLIP", "VAE": "VAE"}),
     "Note": Type(),
+    "Reroute": Type({"": "*"}, {"": "*"}),
 }
-NOT_RUN = {"Note"}  # live in the page only
+NOT_RUN = {"Note", "Reroute"}  # live in the page only
 # Widgets that the page adds behind one that the server knows, with the value they get.
 PAGE_WIDGETS = {"seed": "fixed", "noise_seed": "fixed", "image": "image"}
 
+PROPERTIES = {"Note": {}, "Reroute": {"showOutputText": False, "horizontal": False}}
 OURS = {"color": "#233", "bgcolor": "#355"}
 NOTE = {"color": "#432", "bgcolor": "#653"}
 
@@ -101,15 +103,15 @@ class Workflow:
     def api(self) -> dict[str, Any]:
         """The workflow as the server's /prompt takes it."""
         ids = self.ids()
+        origins = {
+            name: {key: self.origin(wire) for key, wire in node.wires.items()} for name, node in self.nodes.items()
+        }
         return {
             str(ids[name]): {
                 "class_type": node.type,
                 "inputs": {
                     **node.widgets,
-                    **{
-                        key: [str(ids[source]), self.slot(source, output)]
-                        for key, (source, output) in node.wires.items()
-                    },
+                    **{key: [str(ids[source]), self.slot(source, out)] for key, (source, out) in origins[name].items()},
                 },
                 "_meta": {"title": node.title or node.type},
             }
@@ -117,22 +119,32 @@ class Workflow:
             if node.type not in NOT_RUN
         }
 
+    def origin(self, wire: tuple[str, str]) -> tuple[str, str]:
+        """Where a wire really comes from: what lies behind its reroutes."""
+        while self.nodes[wire[0]].type == "Reroute":
+            wire = self.nodes[wire[0]].wires[""]
+        return wire
+
     def ui(self) -> dict[str, Any]:
         """The workflow as the page opens it."""
         ids = self.ids()
+        wires = [(name, key, wire) for name, node in self.nodes.items() for key, wire in node.wires.items()]
         links = [
-            [ids[source], self.slot(source, output), ids[name], list(TYPES[node.type].inputs).index(key)]
-            for name, node in self.nodes.items()
-            for key, (source, output) in node.wires.items()
+            [
+                number,
+                ids[wire[0]],
+                self.slot(*wire),
+                ids[name],
+                list(TYPES[self.nodes[name].type].inputs).index(key),
+                self.kind(self.origin(wire)),
+            ]
+            for number, (name, key, wire) in enumerate(wires, 1)
         ]
         return {
             "last_node_id": len(self.nodes),
             "last_link_id": len(links),
             "nodes": [self.ui_node(name, links) for name in self.nodes],
-            "links": [
-                [number, *link, list(TYPES[self.by_id(link[2]).type].inputs.values())[link[3]]]
-                for number, link in enumerate(links, 1)
-            ],
+            "links": links,
             "groups": [
                 {"title": group.title, "bounding": list(group.bounding), "color": group.color, "font_size": 24}
                 for group in self.groups
@@ -142,9 +154,8 @@ class Workflow:
             "version": 0.4,
         }
 
-    def ui_node(self, name: str, links: list[list[int]]) -> dict[str, Any]:
+    def ui_node(self, name: str, links: list[list[Any]]) -> dict[str, Any]:
         node, node_id = self.nodes[name], self.ids()[name]
-        numbered = list(enumerate(links, 1))
         values = []
         for key, value in node.widgets.items():
             values.append(value)
@@ -162,7 +173,7 @@ class Workflow:
                 {
                     "name": key,
                     "type": kind,
-                    "link": next((n for n, link in numbered if link[2:] == [node_id, slot]), None),
+                    "link": next((link[0] for link in links if link[3:5] == [node_id, slot]), None),
                 }
                 for slot, (key, kind) in enumerate(TYPES[node.type].inputs.items())
             ],
@@ -170,26 +181,26 @@ class Workflow:
                 {
                     "name": key,
                     "type": kind,
-                    "links": [n for n, link in numbered if link[:2] == [node_id, slot]],
+                    "links": [link[0] for link in links if link[1:3] == [node_id, slot]],
                     "shape": 3,
                     "slot_index": slot,
                 }
                 for slot, (key, kind) in enumerate(TYPES[node.type].outputs.items())
             ],
             **({"title": node.title} if node.title else {}),
-            "properties": {} if node.type in NOT_RUN else {"Node name for S&R": node.type},
+            "properties": PROPERTIES.get(node.type, {"Node name for S&R": node.type}),
             "widgets_values": values,
-            **(NOTE if node.type in NOT_RUN else OURS if node.type.startswith("SphereGuide") else {}),
+            **(NOTE if node.type == "Note" else OURS if node.type.startswith("SphereGuide") else {}),
         }
 
     def ids(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(self.nodes, 1)}
 
-    def by_id(self, node_id: int) -> Node:
-        return list(self.nodes.values())[node_id - 1]
-
     def slot(self, name: str, output: str) -> int:
         return list(TYPES[self.nodes[name].type].outputs).index(output)
+
+    def kind(self, wire: tuple[str, str]) -> str:
+        return TYPES[self.nodes[wire[0]].type].outputs[wire[1]]
 
 
 def restoration(
@@ -206,23 +217,23 @@ def restoration(
     if loss == "SphereGuideInpaintingLoss":
         measured["mask"] = ("degrade", "mask")
     nodes = {
-        "note": Node("Note", (0, -40), (320, 500), {"text": paragraphs(note + HOW_TO)}, title="What this does"),
+        "note": Node("Note", (0, 0), (320, 560), {"text": paragraphs(note + HOW_TO)}, title="What this does"),
+        # The model; its VAE runs along the bottom.
         "toy": Node("SphereGuideToyPortraits", (380, 0), (250, 70), title="Load Toy Portraits"),
+        "vae": Node("Reroute", (720, 1040), (75, 26), {}, {"": ("toy", "VAE")}),
+        "vae of guidance": Node("Reroute", (1380, 1040), (75, 26), {}, {"": ("vae", "")}),
+        "vae of result": Node("Reroute", (2420, 1040), (75, 26), {}, {"": ("vae of guidance", "")}),
         "positive": Node(
-            "CLIPTextEncode",
-            (700, 0),
-            (300, 90),
-            {"text": ""},
-            {"clip": ("toy", "CLIP")},
-            "Positive prompt (may be empty)",
+            "CLIPTextEncode", (760, 180), (300, 100), {"text": ""}, {"clip": ("toy", "CLIP")}, "Prompt (may be empty)"
         ),
         "negative": Node(
-            "CLIPTextEncode", (700, 140), (300, 90), {"text": ""}, {"clip": ("toy", "CLIP")}, "Negative prompt"
+            "CLIPTextEncode", (760, 335), (300, 100), {"text": ""}, {"clip": ("toy", "CLIP")}, "Negative prompt"
         ),
-        "picture": Node("LoadImage", (380, 360), (250, 330), {"image": PICTURE}, title="Original picture"),
+        # The picture
+        "picture": Node("LoadImage", (380, 540), (250, 340), {"image": PICTURE}, title="Original picture"),
         "degrade": Node(
             "SphereGuideDegradeImage",
-            (700, 360),
+            (760, 540),
             (300, 250),
             {
                 "operator": operator,
@@ -236,14 +247,15 @@ def restoration(
             {"image": ("picture", "IMAGE")},
             "Degrade Image",
         ),
+        # Guidance
         "degraded": Node(
-            "PreviewImage", (1070, 520), (300, 290), {}, {"images": ("degrade", "image")}, "Degraded picture"
+            "PreviewImage", (1130, 760), (300, 240), {}, {"images": ("degrade", "image")}, "Degraded picture"
         ),
-        "loss": Node(loss, (1070, 360), (300, 90), loss_widgets, measured),
-        "select": Node("KSamplerSelect", (1070, 240), (300, 60), {"sampler_name": "euler_ancestral"}, title="Sampler"),
+        "loss": Node(loss, (1130, 640), (300, 80), loss_widgets, measured),
+        "select": Node("KSamplerSelect", (1130, 540), (300, 60), {"sampler_name": "euler_ancestral"}, title="Sampler"),
         "dsg": Node(
             "SphereGuideDSG",
-            (1440, 240),
+            (1520, 540),
             (300, 230),
             {
                 "guidance_rate": guidance_rate,
@@ -253,22 +265,23 @@ def restoration(
                 "gradient": "full",
                 "checkpointing": False,
             },
-            {"sampler": ("select", "SAMPLER"), "loss": ("loss", "loss"), "vae": ("toy", "VAE")},
+            {"sampler": ("select", "SAMPLER"), "loss": ("loss", "loss"), "vae": ("vae of guidance", "")},
             "DSG Guidance",
         ),
+        # Sampling
         "schedule": Node(
             "BasicScheduler",
-            (1440, 550),
+            (1520, 250),
             (300, 110),
             {"scheduler": "normal", "steps": steps, "denoise": 1.0},
             {"model": ("toy", "MODEL")},
             "Steps",
         ),
-        "latent": Node("EmptyLatentImage", (1440, 710), (300, 110), {"width": 128, "height": 128, "batch_size": 1}),
+        "latent": Node("EmptyLatentImage", (1520, 850), (300, 110), {"width": 128, "height": 128, "batch_size": 1}),
         "sample": Node(
             "SamplerCustom",
-            (1820, 240),
-            (300, 280),
+            (1900, 0),
+            (300, 442),  # with the preview that the page puts into it
             {"add_noise": True, "noise_seed": 7, "cfg": 1.0},
             {
                 "model": ("toy", "MODEL"),
@@ -280,34 +293,36 @@ def restoration(
             },
             "Sample",
         ),
+        # The result
         "report": Node(
             "SphereGuideReport",
-            (2180, 240),
+            (2270, 540),
             (230, 60),
             {},
             {"samples": ("sample", "output"), "trace": ("dsg", "trace")},
             "Guidance Report",
         ),
         "decode": Node(
-            "VAEDecode", (2180, 120), (230, 60), {}, {"samples": ("report", "samples"), "vae": ("toy", "VAE")}
+            "VAEDecode", (2560, 540), (200, 60), {}, {"samples": ("report", "samples"), "vae": ("vae of result", "")}
         ),
         "save": Node(
             "SaveImage",
-            (2480, 0),
-            (320, 350),
+            (2830, 250),
+            (300, 350),
             {"filename_prefix": f"sphereguide/{name}"},
             {"images": ("decode", "IMAGE")},
             "Guided picture",
         ),
         "curves": Node(
-            "PreviewImage", (2480, 420), (560, 240), {}, {"images": ("report", "report")}, "How guidance went"
+            "PreviewImage", (2560, 680), (570, 280), {}, {"images": ("report", "report")}, "How guidance went"
         ),
     }
     groups = [
-        Group("Model and prompt", (360, -80, 660, 340), "#3f789e"),
-        Group("A picture, degraded in a known way", (360, 280, 660, 430), "#88A"),
-        Group("Guidance: the loss steers the sampler", (1050, 160, 710, 670), "#8A8"),
-        Group("Result", (1800, -80, 1260, 760), "#b06634"),
+        Group("Model and prompt", (360, -80, 720, 530), "#3f789e"),
+        Group("A picture, degraded in a known way", (360, 460, 720, 450), "#88A"),
+        Group("Guidance: the loss steers the sampler", (1110, 460, 730, 560), "#8A8"),
+        Group("Sampling", (1500, -80, 720, 530), "#A88"),
+        Group("Result", (2250, 170, 900, 810), "#b06634"),
     ]
     return Workflow(nodes, groups)
 
