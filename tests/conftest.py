@@ -7,7 +7,7 @@ Tests in this process run on the CPU; the modules of `demo/` are importable by t
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(RootIsThePack())
     import_host(cpu=True)
     import_pack()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show the end of the server's log with each failure of a test that used it."""
+    report = yield
+    if report.failed and (server := getattr(item, "funcargs", {}).get("comfy_server")):
+        report.sections.append(("ComfyUI", server.log_tail()))
+    return report
 
 
 @pytest.fixture(scope="session")
