@@ -143,11 +143,12 @@ def prepare(checkout: Path | None) -> Path:
     if found == wanted:
         return python
 
-    print(f"Setting up {venv.name} in {ROOT} (once; about 4 minutes with a fast connection)", flush=True)
+    fresh = found.partition(",")[0] != wanted.partition(",")[0]  # none, an interrupted one, or another Python's
+    print(f"{'Making' if fresh else 'Updating'} {venv.name} in {ROOT}, once", flush=True)
     stamp.unlink(missing_ok=True)  # From here to the last line the environment is incomplete
     log = ROOT / f"{venv.name}-install.log"
     log.unlink(missing_ok=True)
-    if found.partition(",")[0] != wanted.partition(",")[0]:  # none, an interrupted one, or another Python's
+    if fresh:
         with phase("Making the environment", typical=10):
             make_venv(venv, log)
     index = torch_index(platform.system(), bool(shutil.which("nvidia-smi")))
