@@ -207,8 +207,6 @@ def vary(portrait: Portrait, seed: int, fields: tuple[str, ...] = ("expression",
 
 # ------------------------------------------------------------------------------------------------------- captions
 
-_HAIR_STYLE_WORDS = {name: name for name in HAIR_STYLES} | {"bob": "bob", "bun": "bun"}
-
 
 def _hair_phrase(color: str | None, style: str | None) -> str:
     if style in ("bob", "bun"):
@@ -276,28 +274,26 @@ def caption(portrait: Portrait, rng: np.random.Generator | None = None) -> str:
 
 def vocabulary() -> list[str]:
     """All words that captions are made of, sorted."""
-    words = set(
-        [
-            "a",
-            "portrait",
-            "of",
-            "person",
-            "face",
-            "character",
-            "with",
-            "wearing",
-            "without",
-            "no",
-            "glasses",
-            "and",
-            "in",
-            "on",
-            "front",
-            "hair",
-            "style",
-        ]
-    )
-    words |= set(["cartoon", "background", "clothes", "top", "sweater", ","])
+    words = {
+        "a",
+        "portrait",
+        "of",
+        "person",
+        "face",
+        "character",
+        "with",
+        "wearing",
+        "without",
+        "no",
+        "glasses",
+        "and",
+        "in",
+        "on",
+        "front",
+        "hair",
+        "style",
+    }
+    words |= {"cartoon", "background", "clothes", "top", "sweater", ","}
     words |= {value for options in ATTRIBUTES.values() for value in options} - {"none"}
     return sorted(words)
 
@@ -309,7 +305,7 @@ Color = tuple[int, int, int]
 
 def _mix(a: Color, b: Color, t: float) -> Color:
     """a towards b by t in 0..1."""
-    return tuple(int(round(x + (y - x) * t)) for x, y in zip(a, b))
+    return tuple(round(x + (y - x) * t) for x, y in zip(a, b, strict=True))
 
 
 def _hsv(color: Color, saturation: float = 1.0, value: float = 1.0) -> Color:
@@ -406,7 +402,7 @@ def _curve(points: list[tuple[float, float]], n: int = 8, closed: bool = False) 
     p = np.concatenate([p[-1:], p, p[:2]]) if closed else np.concatenate([2 * p[:1] - p[1:2], p, 2 * p[-1:] - p[-2:-1]])
     t = np.linspace(0, 1, n, endpoint=False)[:, None]
     parts = []
-    for a, b, c, d in zip(p, p[1:], p[2:], p[3:]):
+    for a, b, c, d in zip(p, p[1:], p[2:], p[3:], strict=False):
         parts.append(0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3))
     if not closed:
         parts.append(p[-2:-1])
@@ -457,7 +453,7 @@ class _Canvas:
     def _stroke(self, q, width, color, ends=False, draw=None) -> None:
         draw = draw or self._draw
         w = width * SUPERSAMPLING
-        draw.line(q, fill=color, width=int(round(w)), joint="curve")
+        draw.line(q, fill=color, width=round(w), joint="curve")
         if ends:
             for x, y in (q[0], q[-1]):
                 draw.ellipse((x - w / 2, y - w / 2, x + w / 2, y + w / 2), fill=color)
@@ -639,7 +635,7 @@ def _face(c: _Canvas, p: Portrait, skin: Color, shade: Color, ink: Color, brow: 
         lid = _arc(size * 0.98, size * 1.12, 196, 344, 16) @ np.array(
             [[np.cos(slant), np.sin(slant)], [-np.sin(slant), np.cos(slant)]]
         )
-        c.line(lid + (ex, ey), 2.6, ink, "eyes")
+        c.line(lid + np.array([ex, ey]), 2.6, ink, "eyes")
         # brow: inner end up when sad, down when serious
         lift = {"surprised": -4.5, "laughing": -1.5, "sad": -1.0, "serious": 1.2}.get(e, 0.0)
         inner = {"sad": -3.2, "serious": 2.6}.get(e, 0.0)

@@ -49,6 +49,38 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, t))))
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised (K. Jordan et al., 2024), for convolutions of one common shape class.
+
+    Kernels are matrices [out, in * k * k]. Five Newton-Schulz iterations bring the update's singular values near 1;
+    it is then scaled to an RMS of 0.2 (arXiv 2502.16982), so that `lr` means what it means to Adam.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for shape in {p.shape for p in group["params"]}:
+                kernels = [p for p in group["params"] if p.shape == shape]
+                for p in kernels:
+                    self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                nesterov = [p.grad.lerp(self.state[p]["momentum"], group["momentum"]).flatten(1) for p in kernels]
+                x = torch.stack(nesterov)
+                x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+                # x <- (a + b x xᵀ + c (x xᵀ)²) x, with the small matrices alone: all of them are polynomials of x xᵀ
+                gram, eye = x @ x.mT, torch.eye(x.shape[1])
+                total = eye.expand_as(gram)
+                for _ in range(5):
+                    factor = 3.4445 * eye - 4.7750 * gram + 2.0315 * gram @ gram
+                    total, gram = factor @ total, factor @ gram @ factor
+                x = total @ x
+                scale = 0.2 * max(x.shape[1:]) ** 0.5
+                for p, update in zip(kernels, x, strict=True):
+                    p.sub_(update.view(shape), alpha=group["lr"] * scale)
+
+
 def fit(
     args: argparse.Namespace,
     name: str,
@@ -63,33 +95,39 @@ def fit(
     """
     folder, rank = args.work, args.rank
     path = folder / f"{name}.pt"
-    optimizer = torch.optim.AdamW(
-        [p for p in modules.parameters() if p.requires_grad], lr=args.lr, betas=(0.9, 0.99), weight_decay=weight_decay
-    )
+    trained = [p for p in modules.parameters() if p.requires_grad]
+    muon = [p for p in trained if p.ndim == 4 and p.shape[0] == p.shape[1]] if args.muon else []
+    adam = [p for p in trained if all(p is not q for q in muon)]
+    optimizers = {"adam": torch.optim.AdamW(adam, lr=args.lr, betas=(0.9, 0.99), weight_decay=weight_decay)}
+    if muon:
+        optimizers["muon"] = Muon(muon, lr=args.lr * args.muon)
     average = copy.deepcopy(modules).requires_grad_(False)
     start = 0
     if path.exists():
         state = torch.load(path, weights_only=True)
         modules.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
+        for key, optimizer in optimizers.items():
+            optimizer.load_state_dict(state[key])
         start = state["step"]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     began, seen = time.time(), {}
     for step in range(start, args.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
+        rate = learning_rate(step, args.steps, args.lr)
+        for key, optimizer in optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (args.muon if key == "muon" else 1)
         value, terms = loss(step, generator(args.seed, step, rank))
-        optimizer.zero_grad(set_to_none=True)
+        modules.zero_grad(set_to_none=True)
         value.backward()
         if args.workers > 1:
-            flat = torch.cat([p.grad.reshape(-1) for p in parameters])
+            flat = torch.cat([p.grad.reshape(-1) for p in trained])
             dist.all_reduce(flat)
             flat /= args.workers
-            for p, g in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            for p, g in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
                 p.grad.copy_(g.view_as(p))
-        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        norm = nn.utils.clip_grad_norm_(trained, 1.0)
+        for optimizer in optimizers.values():
+            optimizer.step()
         decay = min(args.ema, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(modules.parameters()), 1 - decay)
@@ -106,7 +144,7 @@ def fit(
                 row |= validate(average)
             if done % args.save_every == 0 or done == args.steps:
                 state = {"model": modules.state_dict(), "average": average.state_dict(), "step": done}
-                torch.save(state | {"optimizer": optimizer.state_dict()}, path.with_suffix(".tmp"))
+                torch.save(state | {k: v.state_dict() for k, v in optimizers.items()}, path.with_suffix(".tmp"))
                 os.replace(path.with_suffix(".tmp"), path)
             with open(folder / f"{name}.jsonl", "a") as log:
                 log.write(json.dumps(row) + "\n")
@@ -173,7 +211,10 @@ def train_vae(args: argparse.Namespace) -> None:
         edge = sum(F.l1_loss(a, b) for a, b in zip(edges(output), edges(target), strict=True))
         mean, var = latent.mean((0, 2, 3)), latent.var((0, 2, 3))
         unit = (mean**2 + (var - 1) ** 2).mean()
-        return l1 + 5 * mse + 0.5 * edge + 0.01 * unit, {"mse": float(mse.detach()), "latent_std": float(var.detach().mean().sqrt())}
+        return l1 + 5 * mse + 0.5 * edge + 0.01 * unit, {
+            "mse": float(mse.detach()),
+            "latent_std": float(var.detach().mean().sqrt()),
+        }
 
     def validate(average: nn.Module) -> dict[str, float]:
         x = torch.from_numpy(held_out.copy()).permute(0, 3, 1, 2).float().div(255)
@@ -182,6 +223,185 @@ def train_vae(args: argparse.Namespace) -> None:
         return {"psnr": float((-10 * ((x - y) ** 2).mean((1, 2, 3)).log10()).mean())}
 
     fit(args, "vae", vae, loss, validate, weight_decay=0.0)
+
+
+def normalised_vae(args: argparse.Namespace) -> dict[str, Tensor]:
+    """The averaged autoencoder in fp16, as it ships."""
+    state = torch.load(args.work / "vae.pt", weights_only=True)["average"]
+    state.setdefault("vae_shift", torch.tensor(0.0))  # hosts of 2024 have no such parameter
+    return {name: tensor.half().contiguous() for name, tensor in state.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------- U-Net
+
+
+def encode_latents(args: argparse.Namespace) -> None:
+    """Latents of the training and validation portraits by the VAE that ships, to `latents.npy` and `held_out.npy`."""
+    import comfy.taesd.taesd
+
+    encoder = comfy.taesd.taesd.Encoder()
+    weights = normalised_vae(args)
+    prefix = "taesd_encoder."
+    encoder.load_state_dict({k[len(prefix) :]: v.float() for k, v in weights.items() if k.startswith(prefix)})
+    encoder.to(memory_format=torch.channels_last)
+    encode = compiled(args, encoder)
+    for name, seeds in (
+        ("held_out", portraits.VALIDATION_SEEDS[:VALIDATION_SIZE]),
+        ("latents", portraits.TRAIN_SEEDS[:TRAIN_SIZE]),
+    ):
+        pixels, parts, began = images(seeds, args.work), [], time.time()
+        with torch.no_grad():
+            for start in range(0, len(pixels), 32):
+                x = torch.from_numpy(pixels[start : start + 32].copy()).permute(0, 3, 1, 2).float().div_(255)
+                parts.append(encode(x).numpy())
+                if start % 2048 == 0:
+                    left = (time.time() - began) * (len(pixels) / (start + 32) - 1)
+                    print(f"{name} {start}/{len(pixels)}  {left / 60:.1f} min left", flush=True)
+        latents = np.concatenate(parts)
+        print(f"{name}: mean {latents.mean((0, 2, 3))} std {latents.std((0, 2, 3))}")
+        np.save(args.work / f"{name}.npy", latents)
+
+
+def initialise_unet(unet: nn.Module) -> None:
+    """PyTorch's defaults, which comfy's layers skip; zero where a residual branch or the network ends."""
+    for module in unet.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+    for name, module in unet.named_modules():
+        if name.endswith(("out_layers.3", "proj_out")) or name == "out.2":
+            nn.init.zeros_(module.weight)
+
+
+def initialise_text(clip: nn.Module) -> None:
+    """CLIP's own scales."""
+    width = clip.text_projection.weight.shape[0]
+    for name, p in clip.named_parameters():
+        if "embedding" in name:
+            nn.init.normal_(p, std=0.5)
+        elif "norm" in name:
+            nn.init.ones_(p) if name.endswith("weight") else nn.init.zeros_(p)
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
+        elif "text_projection" in name:
+            nn.init.eye_(p)
+        else:
+            nn.init.normal_(p, std=width**-0.5)
+
+
+def tokens(texts: list[str]) -> Tensor:
+    """Token ids [B, 77], as the stock CLIPTextEncode makes them."""
+    from . import architecture
+
+    tokenizer, end = architecture.WordTokenizer(), architecture.SPECIAL["end"]
+    rows = [tokenizer(text)["input_ids"] for text in texts]
+    return torch.tensor([row + [end] * (architecture.CONTEXT - len(row)) for row in rows])
+
+
+def build_unet() -> tuple[nn.ModuleDict, nn.Module]:
+    """Uninitialised {"unet", "text"}, and comfy's model_sampling, which holds the sigmas."""
+    from . import architecture
+
+    model = architecture.ToyPortraits().model()
+    with torch.no_grad():
+        text = architecture.ToyTextEncoder(dtype=torch.float32).transformer
+    model.diffusion_model.train().requires_grad_(True)
+    text.train().requires_grad_(True)
+    text.text_projection.requires_grad_(False)  # the cross-attention reads the tokens, not the pooled output
+    return nn.ModuleDict({"unet": model.diffusion_model, "text": text}), model.model_sampling
+
+
+DROPPED = 0.15  # captions replaced by the empty prompt, for classifier-free guidance
+UNKNOWN = 0.02  # words replaced by the unknown token, so that it is harmless
+
+
+def train_unet(args: argparse.Namespace) -> None:
+    """Noise prediction on latents, min-SNR weights with gamma 5 (arXiv 2303.09556), captions reworded every time."""
+    torch.manual_seed(args.seed)
+    modules, sampling = build_unet()
+    initialise_unet(modules["unet"])
+    with torch.no_grad():
+        initialise_text(modules["text"])
+    unet, text = compiled(args, modules["unet"]), modules["text"]
+    train, held_out = np.load(args.work / "latents.npy"), torch.from_numpy(np.load(args.work / "held_out.npy"))
+    seeds = portraits.TRAIN_SEEDS[:TRAIN_SIZE]
+    batch = args.batch // args.workers
+    sigmas = sampling.sigmas
+
+    def noise_error(
+        predict: Callable, latents: Tensor, t: Tensor, noise: Tensor, context: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        sigma = sigmas[t].view(-1, 1, 1, 1)
+        x = (latents + sigma * noise) / (1 + sigma**2) ** 0.5
+        error = ((predict(x, t.float(), context=context) - noise) ** 2).mean((1, 2, 3))
+        return error, sigma.view(-1)
+
+    def loss(step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        index = torch.randint(len(train), (batch,), generator=rng).tolist()
+        words = np.random.default_rng([args.seed, step, args.rank])
+        texts = [portraits.caption(portraits.sample(seeds[i]), words) for i in index]
+        texts = ["" if words.random() < DROPPED else text for text in texts]
+        ids = tokens(texts)
+        ids[(torch.rand(ids.shape, generator=rng) < UNKNOWN) & (ids > 0) & (ids < int(ids.max()) - 1)] = 0
+        latents = torch.from_numpy(train[index])
+        # stratified timesteps: every batch covers the schedule
+        t = ((torch.rand((), generator=rng) + torch.arange(batch) / batch) % 1 * len(sigmas)).long()
+        noise = torch.randn(latents.shape, generator=rng)
+        error, sigma = noise_error(unet, latents, t, noise, text(ids)[0])
+        weight = torch.clamp(5 * sigma**2, max=1)  # min(SNR, 5) / SNR with SNR = 1 / sigma^2
+        return (weight * error).mean(), {"eps_mse": float(error.detach().mean())}
+
+    def validate(average: nn.Module) -> dict[str, float]:
+        rng = torch.Generator().manual_seed(1)
+        texts = [portraits.caption(portraits.sample(s)) for s in portraits.VALIDATION_SEEDS[:VALIDATION_SIZE]]
+        t = (torch.arange(len(held_out)) * 997 % 1000).long()
+        noise = torch.randn(held_out.shape, generator=rng)
+        ids, errors = tokens(texts), []
+        with torch.no_grad():
+            for part in torch.arange(len(held_out)).split(32):
+                context = average["text"](ids[part])[0]
+                errors.append(noise_error(average["unet"], held_out[part], t[part], noise[part], context)[0])
+        return {"held_out_eps_mse": float(torch.cat(errors).mean())}
+
+    # Comfy's layers add to activations in place, which is legal for autograd in this context only.
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        fit(args, "unet", modules, loss, validate, weight_decay=0.01)
+
+
+def rgb_factors(work: Path) -> tuple[Tensor, Tensor]:
+    """Least squares from latent to the mean colour of its 8x8 pixels in -1..1: factors [4, 3] and bias [3]."""
+    latents = np.load(work / "held_out.npy")
+    pixels = images(portraits.VALIDATION_SEEDS[:VALIDATION_SIZE], work)
+    colors = pixels.reshape(-1, 16, 8, 16, 8, 3).mean((2, 4)).reshape(-1, 3) / 127.5 - 1
+    design = np.concatenate([latents.transpose(0, 2, 3, 1).reshape(-1, 4), np.ones((len(colors), 1))], 1)
+    solution = np.linalg.lstsq(design, colors, rcond=None)[0].astype(np.float32)
+    return torch.from_numpy(solution[:4].copy()), torch.from_numpy(solution[4].copy())
+
+
+def export(args: argparse.Namespace) -> None:
+    """The averaged weights, as fp16 safetensors, to `--out`."""
+    from safetensors.torch import save_file
+
+    from . import toy_portraits
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    save_file(normalised_vae(args), args.out / toy_portraits.VAE_FILE)
+    if (args.work / "unet.pt").exists():
+        state = torch.load(args.work / "unet.pt", weights_only=True)
+        unet, text = {}, {"clip_l.logit_scale": torch.tensor(4.6055).half()}
+        for name, tensor in state["average"].items():
+            part, key = name.split(".", 1)
+            target, key = (unet, key) if part == "unet" else (text, f"clip_l.transformer.{key}")
+            target[key] = tensor.half().contiguous()
+        factors, bias = rgb_factors(args.work)
+        save_file(unet | {"latent_rgb_factors": factors, "latent_rgb_bias": bias}, args.out / toy_portraits.UNET_FILE)
+        save_file(text, args.out / toy_portraits.CLIP_FILE)
+    for path in sorted(args.out.glob("*.safetensors")):
+        print(f"{path}  {path.stat().st_size / 1e6:.2f} MB")
 
 
 # ----------------------------------------------------------------------------------------------------- command line
@@ -209,8 +429,11 @@ def host_on_cpu() -> None:
     args.cpu = True
 
 
-COMMANDS = {"vae": train_vae}
-DEFAULTS = {"vae": {"steps": 3400, "batch": 12, "lr": 1.2e-3, "ema": 0.995}}
+COMMANDS = {"vae": train_vae, "latents": encode_latents, "unet": train_unet, "export": export}
+DEFAULTS = {
+    "vae": {"steps": 2200, "batch": 12, "lr": 1.2e-3, "muon": 2.0, "ema": 0.995},
+    "unet": {"steps": 9000, "batch": 16, "lr": 8e-4, "muon": 0.0, "ema": 0.999},
+}
 
 
 def main() -> None:
@@ -221,10 +444,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int, help="samples a step, over all workers")
     parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument(
+        "--muon", type=float, help="learning rate of square convolutions under Muon, over Adam's; 0: off"
+    )
     parser.add_argument("--ema", type=float, help="decay of the moving average")
     parser.add_argument("--workers", type=int, default=1, help="data-parallel processes of one thread each")
     parser.add_argument("--threads", type=int, default=0, help="threads of a single worker (default: torch's choice)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile (needs a C++ compiler; about 15 %% faster)")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile (needs a C++ compiler; about 15 %% faster)"
+    )
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="export: where to")
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--validate-every", type=int, default=250)
     parser.add_argument("--save-every", type=int, default=250)
