@@ -273,8 +273,11 @@ def main(arguments: list[str]) -> int:
     environ = {**os.environ, "PYTHONUTF8": "1"}
     if checkout:
         environ["COMFYUI_PATH"] = str(checkout)
-    where = ROOT if options.command == "test" else None  # pytest's paths are the repository's, whoever calls from where
-    return subprocess.run([str(python), *command], env=environ, cwd=where).returncode
+    if options.command == "test":
+        os.chdir(ROOT)  # pytest's paths are the repository's, whoever calls from where
+    if os.name == "posix":  # so that signals reach it
+        os.execve(python, [str(python), *command], environ)
+    return subprocess.run([str(python), *command], env=environ).returncode
 
 
 if __name__ == "__main__":

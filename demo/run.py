@@ -11,6 +11,7 @@ import importlib.metadata
 import io
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -237,6 +238,7 @@ def demo(out: Path) -> None:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped too
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     try:
