@@ -15,17 +15,24 @@ import comfy.model_sampling
 import comfy.samplers
 import torch
 from comfy.k_diffusion import sampling as k_diffusion
-from comfy.ldm.modules.attention import BasicTransformerBlock
+from comfy.ldm.modules.attention import BasicTransformerBlock, attention_pytorch
 from torch import Tensor
 
 __all__ = [
+    "NoiseSampler",
+    "additional_models",
     "adds_noise",
     "base_model",
+    "chain",
+    "controls",
     "guider",
     "kept_activations",
+    "networks",
     "noise_source",
     "stochastic_samplers",
+    "streamed_layers",
     "training_kernels",
+    "with_differentiable_attention",
 ]
 
 NoiseSampler = Callable[[Tensor, Tensor], Tensor]
@@ -79,6 +86,30 @@ def _copy_input(norm: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] |
     return (inputs[0].clone(),) if torch.is_grad_enabled() else None
 
 
+def streamed_layers(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """Layers whose weights the host brings to the device for a call and takes away again (low VRAM, dynamic VRAM).
+
+    The buffers are used again by other layers, behind autograd's back: such a layer must fetch its weights anew in the
+    backward pass.
+    """
+    device = comfy.model_management.get_torch_device()
+    return [
+        layer
+        for layer in module.modules()
+        if hasattr(layer, "_v") or any(p.device.type != device.type for p in layer.parameters(recurse=False))
+    ]
+
+
+def with_differentiable_attention(model_options: dict[str, Any]) -> dict[str, Any]:
+    """`model_options` in which kernels without a backward pass (sage, flash of newer hosts) give way to PyTorch's."""
+    management, options = comfy.model_management, model_options.get("transformer_options", {})
+    kernels = (getattr(management, f"{name}_attention_enabled", lambda: False) for name in ("sage", "flash"))
+    if not any(enabled() for enabled in kernels) or "optimized_attention_override" in options:
+        return model_options
+    override = {"optimized_attention_override": lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)}
+    return {**model_options, "transformer_options": {**options, **override}}
+
+
 # -- the objects behind a sampler function's `model` -------------------------------------------------------------------
 
 
@@ -97,6 +128,29 @@ def base_model(model: Any) -> torch.nn.Module:
 def guider(model: Any) -> Any:
     """The guider (it has `conds` and `model_patcher`) behind a sampler function's `model`."""
     return next(link for link in chain(model) if hasattr(link, "conds"))
+
+
+def controls(guider: Any) -> list[Any]:
+    """The ControlNets and their like in the conditionings of a guider."""
+    found: list[Any] = []
+    for cond in (cond for conds in guider.conds.values() for cond in conds or ()):
+        control = cond.get("control")
+        while control is not None and control not in found:
+            found.append(control)
+            control = getattr(control, "previous_controlnet", None)
+    return found
+
+
+def networks(guider: Any) -> list[torch.nn.Module]:
+    """All that a call of the guider may run: its model, its ControlNets, and what else it has loaded or holds."""
+    held = [value for owner in (guider, *controls(guider)) for value in vars(owner).values()]
+    loaded = [patcher.model for patcher in additional_models(guider) if hasattr(patcher, "model")]
+    return list(dict.fromkeys(module for module in (*held, *loaded) if isinstance(module, torch.nn.Module)))
+
+
+def additional_models(guider: Any) -> list[Any]:
+    """The patchers that the host loaded beside the guider's model for this run."""
+    return list(getattr(guider, "loaded_models", None) or ())
 
 
 # -- samplers and their noise ------------------------------------------------------------------------------------------

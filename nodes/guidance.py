@@ -77,7 +77,10 @@ class DSGGuidance:
                         "min": 0.0,
                         "max": 1.0,
                         "step": 0.001,
-                        "tooltip": "Where in the schedule guidance begins: 0 is the first, noisiest step.",
+                        "tooltip": (
+                            "Where guidance begins, as part of the model's whole noise schedule: 0 is pure noise. "
+                            "Image-to-image at denoise 0.4 begins at about 0.6."
+                        ),
                     },
                 ),
                 "end_percent": (
@@ -87,7 +90,9 @@ class DSGGuidance:
                         "min": 0.0,
                         "max": 1.0,
                         "step": 0.001,
-                        "tooltip": "Where in the schedule guidance ends: 1 is the last step.",
+                        "tooltip": (
+                            "Where guidance ends, as part of the model's whole noise schedule: 1 is the finished image."
+                        ),
                     },
                 ),
                 "gradient": (
@@ -142,16 +147,16 @@ class DSGGuidance:
             )
         if host.adds_noise(sampler) is False:
             name = getattr(sampler.sampler_function, "__name__", "").removeprefix("sample_")
-            raise ValueError(deterministic_sampler_message(f"({name}) adds none"))
+            raise ValueError(deterministic_sampler_message(f"({name}) adds none that can be reached"))
         if loss.space == "image" and vae is None:
             raise ValueError(
                 "DSG Guidance: this loss looks at images, and there is no VAE to decode them. Connect the VAE of the "
                 "model, or a TAESD VAE, to the vae input."
             )
-        if start_percent > end_percent:
+        if start_percent >= end_percent:
             raise ValueError(
-                f"DSG Guidance: start_percent ({start_percent}) is behind end_percent ({end_percent}), so no step "
-                "would be guided. Swap them."
+                f"DSG Guidance: start_percent ({start_percent}) is not before end_percent ({end_percent}), so no "
+                "step would be guided. Lower the one or raise the other."
             )
         guidance = Guidance(
             loss=loss,

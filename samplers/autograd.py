@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .. import host
 
-__all__ = ["Recording", "differentiable", "normal", "without_graph"]
+__all__ = ["Recording", "differentiable", "normal"]
 
 Recording = Callable[..., contextlib.AbstractContextManager[None]]
 
@@ -29,32 +30,36 @@ def differentiable(
 ) -> Iterator[Recording]:
     """Within the block, the modules can be differentiated with respect to their input.
 
-    Yields `recording(mutation=False)`, a context manager for a forward pass *and* its backward pass: outside of
-    inference mode, with gradients on. Between recordings the block runs in the mode of its surroundings, so that the
-    rest of the sampler sees what it always sees. With `mutation`, in-place operations on what autograd keeps are legal;
-    each operation then passes through Python, so that a small model takes twice the time.
+    The whole block runs outside of inference mode and without gradients: what a network keeps from a call that records
+    nothing may serve in one that does. Yields `recording(mutation=False)`, a context manager for a forward pass *and*
+    its backward pass. With `mutation`, in-place operations on what autograd keeps are legal; each operation then passes
+    through Python, so that a small model takes twice the time.
 
     modules        loaded models: a `BaseModel`, a VAE's `first_stage_model`, a loss. Weights keep their storage.
     holders        objects whose attributes enter the forward pass: a guider with its conditionings, an inpainting
                    wrapper with its noise and latent image. Inference tensors in them are cloned for the block.
     checkpointing  a diffusion model whose blocks shall forget their activations and compute them again in the
                    backward pass: less memory, about one more forward pass.
+
+    Raises TypeError for weights of a tensor subclass that does not tell what it is made of.
     """
     with contextlib.ExitStack() as stack:
+        recomputed = list(_blocks(checkpointing)) if checkpointing is not None else []
         for module in modules:
+            recomputed += host.streamed_layers(module)
             stack.enter_context(_normal_weights(module))
             stack.enter_context(host.kept_activations(module))
         for holder in holders:
             stack.enter_context(_normal_attributes(holder))
-        if checkpointing is not None:
-            stack.enter_context(_checkpointed_blocks(checkpointing))
+        stack.enter_context(_recomputing(recomputed))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
         yield _recording
 
 
 @contextlib.contextmanager
 def _recording(mutation: bool = False) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(host.training_kernels())
         if mutation:
@@ -87,16 +92,6 @@ def normal(value: Any) -> Any:
     return value
 
 
-def without_graph(apply_model: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`apply_model` that leaves no graph behind: a constant for autograd."""
-
-    def apply(*args: Any, **kwargs: Any) -> Tensor:
-        with torch.no_grad():
-            return apply_model(*args, **kwargs)
-
-    return apply
-
-
 @contextlib.contextmanager
 def _normal_weights(module: nn.Module) -> Iterator[None]:
     """Parameters, buffers and tensor attributes of `module` as normal tensors over the same storage."""
@@ -126,9 +121,23 @@ def _normal_weights(module: nn.Module) -> Iterator[None]:
 
 def _alias(tensor: Tensor) -> Tensor:
     """A normal tensor over the storage of `tensor`, a frozen Parameter if that is what `tensor` is."""
-    view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    view.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
-    return nn.Parameter(view, requires_grad=False) if isinstance(tensor, nn.Parameter) else view
+    data = tensor.data if isinstance(tensor, nn.Parameter) else tensor
+    if type(data) is Tensor:
+        alias = torch.empty(0, dtype=data.dtype, device=data.device)
+        alias.set_(data.untyped_storage(), data.storage_offset(), data.size(), data.stride())
+    elif hasattr(data, "__tensor_flatten__"):  # quantized weights: a shell around plain tensors
+        names, context = data.__tensor_flatten__()
+        inner = {name: _alias(getattr(data, name)) for name in names}
+        alias = type(data).__tensor_unflatten__(inner, context, data.size(), data.stride())
+    else:
+        raise TypeError(
+            f"The model has weights of type {type(data).__name__}, through which no gradient can be taken here. "
+            "Set gradient to 'fast', which needs no backward pass through the model."
+        )
+    if isinstance(tensor, nn.Parameter):
+        alias = nn.Parameter(alias, requires_grad=False)
+    vars(alias).update(vars(tensor))  # newer hosts note on a weight how it is to be cast
+    return alias
 
 
 @contextlib.contextmanager
@@ -145,16 +154,18 @@ def _normal_attributes(holder: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _checkpointed_blocks(diffusion_model: nn.Module) -> Iterator[None]:
-    """Activation checkpointing on each block of a U-Net or a transformer."""
-    blocks = list(_blocks(diffusion_model))
+def _recomputing(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block, the modules keep nothing but their input, and run again in the backward pass."""
+    before = {module: vars(module).get("forward") for module in modules}
     try:
-        for block in blocks:
-            block.forward = _recomputed(block.forward)
+        for module in before:
+            module.forward = _recomputed(module.forward)
         yield
     finally:
-        for block in blocks:
-            vars(block).pop("forward", None)
+        for module, forward in before.items():
+            del module.forward
+            if forward is not None:  # another pack's
+                module.forward = forward
 
 
 def _blocks(diffusion_model: nn.Module) -> Iterator[nn.Module]:
@@ -173,20 +184,24 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        values = [*args, *kwargs.values()]
-        places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
-        # The host writes the block's position into one shared options dict before each block: keep this block's.
+        # A dict is a leaf, and copied: the host writes each block's position into one shared dict of options.
+        values, shape = tree_flatten(
+            (args, kwargs), is_leaf=lambda value: isinstance(value, dict) and value is not kwargs
+        )
         values = [dict(value) if isinstance(value, dict) else value for value in values]
+        places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
+        tensors = [values[i] for i in places]
+        for i in places:
+            values[i] = None  # kept by autograd, which frees them
 
         def block(*tensors: Tensor) -> Any:
+            filled = list(values)
             for i, tensor in zip(places, tensors, strict=True):
-                values[i] = tensor
-            result = forward(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
-            for i in places:
-                values[i] = None
-            return result
+                filled[i] = tensor
+            args, kwargs = tree_unflatten(filled, shape)
+            return forward(*args, **kwargs)
 
-        return _Recomputed.apply(block, *(values[i] for i in places))
+        return _Recomputed.apply(block, *tensors)
 
     return run
 
@@ -214,5 +229,8 @@ class _Recomputed(torch.autograd.Function):
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         with torch.enable_grad():
             outputs = ctx.block(*(leaf.clone() if leaf.requires_grad else leaf for leaf in leaves))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [pair for pair in zip(outputs, gradients, strict=True) if pair[0].requires_grad]
+        outputs, gradients = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
         return None, *(next(found) if leaf.requires_grad else None for leaf in leaves)

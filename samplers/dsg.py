@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,10 +29,12 @@ from torch import Tensor, nn
 
 from .. import host
 from ..losses.base import Loss
-from .autograd import Recording, differentiable, normal, without_graph
+from .autograd import Recording, differentiable, normal
 from .trace import GuidanceTrace
 
 __all__ = ["GRADIENTS", "Guidance", "deterministic_sampler_message", "guided", "on_sphere"]
+
+log = logging.getLogger("sphereguide")
 
 Gradient = Literal["full", "cond only", "fast"]
 GRADIENTS: tuple[Gradient, ...] = ("full", "cond only", "fast")
@@ -45,7 +48,7 @@ class Guidance:
     """What to guide by, and how.
 
     loss            sees the estimate x̂₀
-    decode          latents to images; has `.module` and `.patcher` (`models.decoder.Decoder`). None for latent losses.
+    decode          latents to images (`models.decoder.Decoder`); None for losses on latents
     guidance_rate   g_r in [0, 1]; 0 is the unguided sampler, bit for bit
     interval        guide one step in so many
     start_percent, end_percent   the part of the schedule that is guided, as in ComfyUI's own nodes
@@ -95,17 +98,20 @@ def guided(sampler: comfy.samplers.KSAMPLER, guidance: Guidance, trace: Guidance
     ) -> Tensor:
         trace.clear()
         arguments: dict[str, Any] = {"callback": callback, "disable": disable, **options}
-        if guidance.guidance_rate == 0:
+        if guidance.guidance_rate == 0 or len(sigmas) < 2:
             return function(model, x, sigmas, extra_args=extra_args, **arguments)
         extra_args = extra_args or {}
         source = options.get("noise_sampler") or host.noise_source(function, x, sigmas, extra_args.get("seed"))
-        with _prepared(model, guidance, extra_args) as (recording, extra_args):
+        mode = torch.inference_mode(torch.is_inference_mode_enabled())
+        with _prepared(model, guidance, x, extra_args) as (recording, extra_args):
             guided_model = _GuidedModel(model, sigmas, guidance, trace, recording)
             arguments["noise_sampler"] = guided_model.noise_sampler(source)
-            arguments["callback"] = guided_model.callback(callback)
-            x = function(guided_model, x, sigmas, extra_args=extra_args, **arguments)
+            arguments["callback"] = guided_model.callback(mode(callback) if callback else None)
+            x = function(guided_model, normal(x), normal(sigmas), extra_args=extra_args, **arguments)
         if guided_model.guided_calls and not trace.steps:
             raise ValueError(deterministic_sampler_message("drew none in the steps that were to be guided"))
+        if not guided_model.guided_calls:
+            log.warning("DSG Guidance: no step of this run lies in the range that start_percent and end_percent leave.")
         trace.warn_of_skipped_steps()
         return x
 
@@ -114,34 +120,58 @@ def guided(sampler: comfy.samplers.KSAMPLER, guidance: Guidance, trace: Guidance
 
 
 @contextlib.contextmanager
-def _prepared(model: Any, guidance: Guidance, extra_args: dict[str, Any]) -> Iterator[tuple[Recording, dict[str, Any]]]:
+def _prepared(
+    model: Any, guidance: Guidance, x: Tensor, extra_args: dict[str, Any]
+) -> Iterator[tuple[Recording, dict[str, Any]]]:
     """All that the run differentiates, loaded and differentiable. Yields `recording` and the arguments of the model."""
     base_model, guider = host.base_model(model), host.guider(model)
-    patchers, modules = [guider.model_patcher, *guidance.loss.patchers], [guidance.loss]
+    options = extra_args.get("model_options", {})
+    fast = guidance.gradient == "fast"
+    if not fast:
+        _refuse_what_has_no_gradient(guider, options)
+
+    patchers = [guider.model_patcher, *host.additional_models(guider), *guidance.loss.patchers]
+    memory = guider.model_patcher.memory_required([2 * x.shape[0], *x.shape[1:]])
+    modules: list[nn.Module] = [guidance.loss]
     if guidance.decode is not None:
         patchers.append(guidance.decode.patcher)
         modules.append(guidance.decode.module)
-    checkpointing = None
-    if guidance.gradient != "fast":
-        modules.append(base_model)
-        checkpointing = base_model.diffusion_model if guidance.checkpointing else None
+        memory += guidance.decode.memory_required(x.shape)
     # In one call: a call for the VAE alone could evict the model that is about to run.
-    comfy.model_management.load_models_gpu(patchers)
+    comfy.model_management.load_models_gpu(patchers, memory)
 
-    extra_args = normal(extra_args)
     holders = [link for link in host.chain(model) if not isinstance(link, nn.Module)]
+    holders += [base_model.latent_format, *host.controls(guider)]
+    checkpointing = base_model.diffusion_model if guidance.checkpointing and not fast else None
+    if not fast:
+        modules += host.networks(guider)
+        options = host.with_differentiable_attention(options)
+        options = {**options, "model_function_wrapper": _model_calls(options.get("model_function_wrapper"))}
     with differentiable(*modules, holders=holders, checkpointing=checkpointing) as recording:
-        if guidance.gradient != "cond only":
-            yield recording, extra_args
-            return
         conds = guider.conds
-        guider.conds = {name: _marked_constant(cond) if name == "negative" else cond for name, cond in conds.items()}
-        options = dict(extra_args.get("model_options", {}))
-        options["model_function_wrapper"] = _constants_without_graph(options.get("model_function_wrapper"))
+        if guidance.gradient == "cond only" and "negative" in conds:
+            guider.conds = {**conds, "negative": _marked_constant(conds["negative"])}
         try:
-            yield recording, {**extra_args, "model_options": options}
+            yield recording, normal({**extra_args, "model_options": options})
         finally:
             guider.conds = conds
+
+
+def _refuse_what_has_no_gradient(guider: Any, model_options: dict[str, Any]) -> None:
+    if "multigpu_clones" in model_options:
+        raise RuntimeError(_no_gradient("ComfyUI spreads this model over several GPUs, where it takes no gradients"))
+    hooks = [cond.get("hooks") for conds in guider.conds.values() for cond in conds or ()]
+    if any(hook is not hooks[0] for hook in hooks):
+        raise RuntimeError(
+            _no_gradient("the prompts carry different hooks (LoRAs of their own), which rewrite the model's weights")
+        )
+
+
+def _no_gradient(why: str) -> str:
+    return (
+        f"DSG Guidance: {why}. Set gradient to 'fast', which needs no backward pass through the model, and guides with "
+        "the rest of the workflow as it is."
+    )
 
 
 @dataclass(frozen=True)
@@ -223,23 +253,29 @@ class _GuidedModel:
 
     def _differentiate(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> tuple[Tensor, Tensor, Tensor]:
         fast = self.guidance.gradient == "fast"
-        variable = self.wrapped(x, sigma, **extra_args) if fast else x
-        with self.recording(mutation=self.mutation):
-            variable = variable.detach().clone().requires_grad_()
-            denoised = variable if fast else self.wrapped(variable, normal(sigma), **extra_args)
-            if not denoised.requires_grad:
-                raise RuntimeError(
-                    "DSG Guidance: this model runs without gradients here, as ComfyUI does when it spreads a model "
-                    f"over several GPUs, and as some custom nodes do, so gradient '{self.guidance.gradient}' can't "
-                    "work. Set gradient to 'fast', which needs no backward pass through the model."
-                )
-            loss = self._loss(denoised)
-            gradient = _gradient(loss, variable)
-        return denoised.detach().clone(), loss.detach(), gradient
+        with self.recording(mutation=self.mutation), torch.set_grad_enabled(not fast):
+            x = x.detach().clone().requires_grad_(not fast)
+            denoised = self.wrapped(x, sigma, **extra_args)
+            if not fast and not denoised.requires_grad:
+                raise RuntimeError(_no_gradient("this model runs without gradients here"))
+            loss, gradient = self._loss(denoised.detach())
+            if not fast:
+                # In two steps, the second from a gradient of unit size: half precision would lose a weak loss.
+                size = gradient.flatten(1).square().mean(1).sqrt()
+                size = _per_sample(torch.where(size > 0, size, 1), x)
+                gradient = torch.autograd.grad(denoised, x, gradient / size)[0] * size
+        return denoised.detach().clone(), loss, gradient
 
-    def _loss(self, denoised: Tensor) -> Tensor:
-        loss, decode = self.guidance.loss, self.guidance.decode
-        return loss(denoised if loss.space == "latent" else decode(self.model.process_latent_out(denoised)))
+    def _loss(self, denoised: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss `[B]` and its gradient with respect to x̂₀ `[B, …]`: sample i gets the gradient of loss i."""
+        with torch.enable_grad():
+            variable = denoised.detach().clone().requires_grad_()
+            latent = variable if self.guidance.decode is None else self.model.process_latent_out(variable)
+            loss = self.guidance.loss(latent if self.guidance.decode is None else self.guidance.decode(latent))
+            gradient = None
+            if loss.requires_grad:
+                (gradient,) = torch.autograd.grad(loss.sum(), variable, allow_unused=True)
+        return loss.detach(), torch.zeros_like(variable) if gradient is None else gradient
 
     def _free_coordinates(
         self, x: Tensor, sigma: Tensor, denoise_mask: Tensor | None = None, model_options: Any = None, **_: Any
@@ -280,7 +316,7 @@ class _GuidedModel:
             norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
             usable = norm.isfinite() & (norm > 0)
             turned = on_sphere(noise, gradient, self.guidance.guidance_rate, free)
-            turned = torch.where(_per_sample(usable, noise).bool(), turned, noise)
+            turned = torch.where(usable.reshape(-1, *[1] * (noise.ndim - 1)), turned, noise)
             self.trace.record(
                 self.latest.step, self.latest.sigma, sigma_next, self.latest.loss, norm, usable, turned, free
             )
@@ -289,29 +325,28 @@ class _GuidedModel:
         return draw
 
 
-def _gradient(loss: Tensor, variable: Tensor) -> Tensor:
-    """∂(Σ loss)/∂variable, `[B, …]`: sample i gets the gradient of loss i; zero where loss i does not depend on it."""
-    if not loss.requires_grad:
-        return torch.zeros_like(variable)
-    (gradient,) = torch.autograd.grad(loss.sum(), variable, allow_unused=True)
-    return torch.zeros_like(variable) if gradient is None else gradient
-
-
 def _marked_constant(conds: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
     mark = {_CONSTANT: CONDConstant(True)}
     return conds and [{**cond, "model_conds": {**cond.get("model_conds", {}), **mark}} for cond in conds]
 
 
-def _constants_without_graph(wrapper: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
-    """A `model_function_wrapper` around the workflow's own, if it has one."""
+def _model_calls(wrapper: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
+    """A `model_function_wrapper` around the workflow's own, if it has one.
+
+    What is marked constant runs without a graph; what is not must leave one.
+    """
 
     def apply(apply_model: Callable[..., Tensor], parameters: dict[str, Any]) -> Tensor:
-        c = dict(parameters["c"])
-        if c.pop(_CONSTANT, False):
-            apply_model = without_graph(apply_model)
-        if wrapper is not None:
-            return wrapper(apply_model, {**parameters, "c": c})
-        return apply_model(parameters["input"], parameters["timestep"], **c)
+        x, c = parameters["input"], dict(parameters["c"])
+        wanted = not c.pop(_CONSTANT, False) and x.requires_grad
+        with torch.set_grad_enabled(wanted and torch.is_grad_enabled()):
+            if wrapper is None:
+                output = apply_model(x, parameters["timestep"], **c)
+            else:
+                output = wrapper(apply_model, {**parameters, "c": c})
+        if wanted and not output.requires_grad:
+            raise RuntimeError(_no_gradient("this model runs without gradients here"))
+        return output
 
     return apply
 

@@ -63,7 +63,7 @@ class GuidanceTrace:
         noise: Tensor,
         free: Tensor | None,
     ) -> None:
-        """Keep tensors on their device, unread: reading one here would make the sampler wait for the device.
+        """Tensors stay on their device until `steps` is read.
 
         `usable` `[B]`: where the gradient was. `noise` `[B, …]`: ε'. `free`: the coordinates that were guided, or None.
         """

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
+
 import comfy.samplers
 import pytest
 import tiny_models
 import torch
+from sphereguide import host
 from sphereguide.losses.base import Loss
 from sphereguide.losses.measurement import SuperResolution
 from sphereguide.models.decoder import Decoder
+from sphereguide.samplers import dsg
 from sphereguide.samplers.autograd import differentiable, normal
 from sphereguide.samplers.dsg import GRADIENTS, Guidance, guided
 from sphereguide.samplers.trace import GuidanceTrace
@@ -24,18 +29,27 @@ def weights(module):
     return {name: (id(tensor), tensor.data_ptr(), tensor.is_inference()) for name, tensor in slots}
 
 
-def run(patcher, guidance, *, cfg=3.0, batch=2, size=8, steps=3, callback=None):
+def run(patcher, guidance, *, cfg=3.0, batch=2, size=8, steps=3, callback=None, control=None):
     sampler = comfy.samplers.ksampler("euler_ancestral")
     trace = GuidanceTrace()
     with torch.inference_mode():
         guider = comfy.samplers.CFGGuider(patcher)
-        guider.set_conds(tiny_models.conditioning(seed=1), tiny_models.conditioning(seed=2))
+        positive, negative = tiny_models.conditioning(seed=1), tiny_models.conditioning(seed=2)
+        if control is not None:
+            hint = torch.rand(1, 3, size * 8, size * 8, generator=torch.Generator().manual_seed(5))
+            positive[0][1]["control"] = control.copy().set_cond_hint(hint)
+            positive[0][1]["control_apply_to_uncond"] = True
+        guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
         sigmas = comfy.samplers.calculate_sigmas(patcher.model.model_sampling, "karras", steps)
         noise = torch.randn(batch, 4, size, size, generator=torch.manual_seed(4))
         sampler = sampler if guidance is None else guided(sampler, guidance, trace)
         latent = torch.zeros_like(noise)
         return guider.sample(noise, latent, sampler, sigmas, callback=callback, disable_pbar=True, seed=4), trace
+
+
+class Interrupted(BaseException):
+    """Stands for the host's, which has moved between modules."""
 
 
 class Brightness(Loss):
@@ -65,8 +79,9 @@ def test_no_weight_is_copied_and_all_are_put_back(patcher):
         }
         assert not any(is_inference for _, _, is_inference in within.values())
         assert not any(parameter.requires_grad for parameter in model.parameters())
-        with torch.inference_mode(), recording():
-            assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        assert not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        with recording():
+            assert torch.is_grad_enabled()
     assert weights(model) == before
 
 
@@ -90,10 +105,110 @@ def test_tied_weights_stay_tied():
 def test_a_weight_that_the_host_moved_meanwhile_stays_where_it_was_moved():
     with torch.inference_mode():
         module = torch.nn.Linear(3, 3)
-        with differentiable(module):
-            module.to(torch.float64)  # stands for a move to another device
-            moved = module.weight
-        assert module.weight is moved and module.weight.dtype == torch.float64
+    with differentiable(module):
+        module.to(torch.float64)  # stands for a move to another device
+        moved = module.weight.data_ptr()
+    assert module.weight.data_ptr() == moved and module.weight.dtype == torch.float64
+
+
+def test_notes_on_a_weight_stay_on_it():
+    with torch.inference_mode():
+        module = torch.nn.Linear(3, 3)
+        module.weight._model_dtype = torch.float16  # as newer hosts do
+    with differentiable(module):
+        assert module.weight._model_dtype == torch.float16
+
+
+class Shell(torch.Tensor):
+    """A wrapper subclass, as quantized weights are: a scale and integers that it stands for."""
+
+    @staticmethod
+    def __new__(cls, integers, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, integers.shape, dtype=torch.float32)
+
+    def __init__(self, integers, scale):
+        self.integers, self.scale = integers, scale
+
+    def __tensor_flatten__(self):
+        return ["integers"], self.scale
+
+    @staticmethod
+    def __tensor_unflatten__(inner, scale, size, stride):
+        return Shell(inner["integers"], scale)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        def plain(value):
+            return value.integers.float() * value.scale if isinstance(value, Shell) else value
+
+        if function is torch.ops.aten.detach.default:
+            return Shell(args[0].integers, args[0].scale)
+        return function(*map(plain, args), **(kwargs or {}))
+
+
+def test_quantized_weights_stay_quantized_and_have_a_gradient():
+    with torch.inference_mode():
+        module = torch.nn.Linear(3, 2, bias=False)
+        module.weight = torch.nn.Parameter(Shell(torch.tensor([[1, 2, 3], [4, 5, 6]]), 0.5), requires_grad=False)
+        before = module.weight
+        integers = before.data.integers.data_ptr()
+    with differentiable(module) as recording, recording():
+        assert type(module.weight.data) is Shell and module.weight.data.integers.data_ptr() == integers
+        x = torch.ones(1, 3, requires_grad=True)
+        (gradient,) = torch.autograd.grad(module(x).sum(), x)
+    assert gradient.tolist() == [[2.5, 3.5, 4.5]]
+    assert module.weight is before
+
+
+def test_what_a_network_keeps_from_an_unguided_call_serves_in_a_guided_one():
+    class Keeps(torch.nn.Module):
+        kept = None
+
+        def forward(self, x):
+            if self.kept is None:
+                self.kept = torch.full_like(x, 2.0)
+            return x * self.kept
+
+    module = Keeps()
+    with torch.inference_mode(), differentiable(module) as recording:
+        x = torch.ones(1, 3)
+        module(x)
+        with recording():
+            x.requires_grad_()
+            assert torch.autograd.grad(module(x).sum(), x)[0].tolist() == [[2.0, 2.0, 2.0]]
+
+
+def test_layers_whose_weights_come_and_go_fetch_them_again_in_the_backward_pass(monkeypatch):
+    class Streamed(torch.nn.Module):
+        """Computes with a buffer that the next call of anybody overwrites, out of autograd's sight."""
+
+        buffer = torch.zeros(1)
+
+        def __init__(self, weight):
+            super().__init__()
+            self.own = weight
+
+        def forward(self, x):
+            Streamed.buffer.data.fill_(self.own)
+            return x * Streamed.buffer
+
+    network = torch.nn.Sequential(Streamed(2.0), Streamed(5.0))
+    monkeypatch.setattr(host, "streamed_layers", lambda module: list(module))
+    with differentiable(network) as recording, recording():
+        x = torch.ones(1, requires_grad=True)
+        assert torch.autograd.grad(network(x), x)[0].item() == 10.0
+    assert not any("forward" in vars(layer) for layer in network)
+
+
+def test_recomputing_spares_another_packs_forward():
+    unet = tiny_models.sd15().model.diffusion_model
+    block = unet.middle_block[0]
+    theirs = block.forward
+    block.forward = lambda *args, **kwargs: theirs(*args, **kwargs)
+    patched = block.forward
+    with differentiable(unet, checkpointing=unet):
+        assert block.forward is not patched
+    assert block.forward is patched
 
 
 def test_normal_clones_inference_tensors_and_nothing_else():
@@ -202,6 +317,52 @@ def test_a_patch_that_overwrites_what_autograd_keeps_does_not_break_guidance():
     assert torch.equal(*results) and not torch.equal(results[0], gentle)
 
 
+def test_a_controlnet_is_differentiated_with_the_model(patcher):
+    plain, _ = run(patcher, None)
+    with torch.inference_mode():
+        control = tiny_models.controlnet()
+    results = {}
+    for gradient in (None, *GRADIENTS):
+        guidance = image_guidance(gradient=gradient) if gradient else None
+        before = weights(control.control_model)
+        results[gradient], trace = run(patcher, guidance, control=control)
+        assert weights(control.control_model) == before
+        assert not any(any(step.skipped) for step in trace.steps)
+    assert not torch.equal(results[None], plain)
+    assert len({float(result.sum()) for result in results.values()}) == 4
+
+
+def test_prompts_with_loras_of_their_own_are_refused_where_the_gradient_would_be_wrong(patcher):
+    with pytest.raises(RuntimeError, match=r"different hooks.*'fast'"):
+        dsg._refuse_what_has_no_gradient(
+            SimpleNamespace(conds={"positive": [{"hooks": object()}], "negative": [{}]}), {}
+        )
+    dsg._refuse_what_has_no_gradient(SimpleNamespace(conds={"positive": [{}], "negative": [{}]}), {})
+
+
+def test_a_model_that_is_spread_over_gpus_is_refused(patcher):
+    with pytest.raises(RuntimeError, match=r"several GPUs.*'fast'"):
+        dsg._refuse_what_has_no_gradient(SimpleNamespace(conds={}), {"multigpu_clones": {}})
+
+
+def test_half_precision_weights_and_vae(patcher):
+    half = tiny_models.sd15(dtype=torch.bfloat16)
+    with torch.inference_mode():
+        half.model.diffusion_model.to(torch.bfloat16)
+    _, trace = run(half, image_guidance())
+    _, exact = run(patcher, image_guidance())
+    assert not any(any(step.skipped) for step in trace.steps)
+    torch.testing.assert_close(trace.steps[0].loss, exact.steps[0].loss, rtol=0.05, atol=0)
+
+
+def test_a_video_of_one_frame_is_an_image_and_a_longer_one_is_refused():
+    decode = Decoder(tiny_models.TinyVAE())
+    with torch.no_grad():
+        assert decode(torch.zeros(2, 4, 1, 8, 8)).shape == (2, 3, 64, 64)
+        with pytest.raises(ValueError, match="video of 3 frames"):
+            decode(torch.zeros(2, 4, 3, 8, 8))
+
+
 def test_decoder_is_vae_decode_without_the_clamp_and_has_a_gradient():
     vae = tiny_models.TinyVAE()
     decode = Decoder(vae)
@@ -221,8 +382,37 @@ def test_the_preview_callback_sees_inference_mode_as_with_core_samplers(patcher)
     assert seen == [True] * 3
 
 
-class Interrupted(BaseException):
-    """Stands for the host's, which has moved between modules."""
+def test_a_run_leaves_no_mode_hook_or_option_behind(patcher):
+    import comfy.model_management
+
+    hooks = [len(module._forward_pre_hooks) for module in patcher.model.modules()]
+    options = copy.deepcopy(patcher.model_options)
+    for gradient in GRADIENTS:
+        with torch.inference_mode():
+            run(patcher, image_guidance(gradient=gradient))
+            assert torch.is_inference_mode_enabled()
+    assert [len(module._forward_pre_hooks) for module in patcher.model.modules()] == hooks
+    assert patcher.model_options == options
+    assert not getattr(comfy.model_management, "in_training", False)
+
+
+def test_cancel_inside_a_guided_call_leaves_the_model_usable(patcher):
+    plain, _ = run(patcher, None)
+    block = patcher.model.diffusion_model.middle_block[0]
+
+    def interrupt(*_):
+        if torch.is_grad_enabled():
+            raise Interrupted
+
+    before = weights(patcher.model)
+    handle = block.register_forward_pre_hook(interrupt)
+    try:
+        with pytest.raises(Interrupted):
+            run(patcher, image_guidance())
+    finally:
+        handle.remove()
+    assert weights(patcher.model) == before
+    assert torch.equal(run(patcher, None)[0], plain)
 
 
 def test_an_interrupt_passes_through_and_leaves_the_model_usable(patcher):

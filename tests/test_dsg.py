@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import comfy.samplers
@@ -106,25 +107,53 @@ def test_noise_comes_from_the_source_that_the_sampler_would_have_used(model, nam
 @pytest.mark.parametrize("name", host.stochastic_samplers())
 def test_guided_noise_lies_on_the_sphere_and_the_loss_falls(model, name):
     schedule = {"batch": 3, "steps": 20, "scheduler": "exponential"}  # the third-order one needs an even spacing
-    latent, trace = run(model, name, settings={"guidance_rate": 0.3}, **schedule)
-    radii = torch.tensor([step.radius for step in trace.steps])
+    drawn = []
+
+    sampler_function = comfy.samplers.sampler_object(name).sampler_function
+
+    @functools.wraps(sampler_function)
+    def spying(*args, noise_sampler, **kwargs):
+        def draw(sigma, sigma_next):
+            noise = noise_sampler(sigma, sigma_next)
+            drawn.append(noise.clone())
+            return noise
+
+        return sampler_function(*args, noise_sampler=draw, **kwargs)
+
+    trace = GuidanceTrace()
+    sampler = guided(comfy.samplers.KSAMPLER(spying), Guidance(Distance(), guidance_rate=0.3), trace)
+    latent = gaussian_mixture.sample(sampler, model, **schedule)
+    radii = torch.stack([noise.flatten(1).norm(dim=1) for noise in drawn]) / math.sqrt(N)
     assert len(radii) >= 6  # sa_solver draws in a part of the schedule only, the others in all but the last step
     assert (radii - 1).abs().max() < 1e-4
+    torch.testing.assert_close(radii, torch.tensor([step.radius for step in trace.steps]))
     assert not any(any(step.skipped) for step in trace.steps)
     loss = Distance()
     assert (loss(latent) < loss(unguided(model, name, **schedule))).all()
 
 
 @pytest.mark.parametrize(
-    "gradient, model_type", [("full", "EPS"), ("full", "V_PREDICTION"), ("full", "FLOW"), ("fast", "EPS")]
+    "gradient, model_type, cfg",
+    [
+        ("full", "EPS", 1.0),
+        ("full", "V_PREDICTION", 1.0),
+        ("full", "FLOW", 1.0),
+        ("full", "EPS", 3.0),
+        ("cond only", "EPS", 3.0),
+        ("fast", "EPS", 3.0),
+    ],
 )
-def test_the_gradient_is_that_of_finite_differences_in_float64(gradient, model_type):
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_gradient_is_that_of_finite_differences_in_float64(gradient, model_type, cfg, masked):
     model, loss, h = gaussian_mixture.patcher(model_type), Distance(), 1e-5
     x = torch.randn(2, *gaussian_mixture.SHAPE, dtype=torch.float64)
+    mask = (torch.arange(N) % 3 > 0).double().reshape(1, *gaussian_mixture.SHAPE)
     sigmas = torch.tensor([0.6, 0.3, 0.0], dtype=torch.float64)
     found = {}
 
     def one_step(model, _x, _sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None):
+        extra_args["denoise_mask"] = mask.expand(2, -1, -1, -1) if masked else None
+
         def denoise(x):
             return model(x, sigmas[0].expand(2), **extra_args)
 
@@ -136,21 +165,34 @@ def test_the_gradient_is_that_of_finite_differences_in_float64(gradient, model_t
 
         if gradient == "fast":  # with respect to x̂₀
             numeric = [central_difference(loss, denoise(x), k) for k in range(N)]
+        elif gradient == "cond only":  # the unconditional half stays that of x
+            halves = host.guider(model)
+            halves.cfg = 0.0
+            constant = denoise(x)
+            halves.cfg = 1.0
+
+            def combined(x):
+                return loss(constant + cfg * (denoise(x) - constant))
+
+            numeric = [central_difference(combined, x, k) for k in range(N)]
+            halves.cfg = cfg
         else:
             numeric = [central_difference(lambda x: loss(denoise(x)), x, k) for k in range(N)]
         found["numeric"] = torch.stack(numeric, 1)
-        denoise(x)
+        found["loss"] = loss(denoise(x))
         found["noise"] = noise_sampler(sigmas[0], sigmas[1])  # at rate 1 from nothing: −√n·g/‖g‖
         return _x
 
     silent = {"noise_sampler": lambda sigma, sigma_next: torch.zeros_like(x)}
     settings = Guidance(loss, guidance_rate=1.0, gradient=gradient)
-    gaussian_mixture.sample(
-        guided(comfy.samplers.KSAMPLER(one_step, silent), settings, trace := GuidanceTrace()), model, batch=2, steps=2
-    )
-    norm = torch.tensor(trace.steps[0].gradient_norm, dtype=torch.float64)[:, None]
-    analytic = -found["noise"].flatten(1) * norm / math.sqrt(N)
-    torch.testing.assert_close(analytic, found["numeric"], rtol=1e-5, atol=1e-7)
+    sampler = guided(comfy.samplers.KSAMPLER(one_step, silent), settings, trace := GuidanceTrace())
+    gaussian_mixture.sample(sampler, model, batch=2, steps=2, cfg=cfg)
+    step = trace.steps[0]
+    torch.testing.assert_close(step.loss, found["loss"].tolist())
+    norm, n = torch.tensor(step.gradient_norm, dtype=torch.float64)[:, None], (mask.sum() if masked else N)
+    analytic = -found["noise"].flatten(1) * norm / math.sqrt(n)
+    expected = found["numeric"] * mask.flatten(1) if masked else found["numeric"]
+    torch.testing.assert_close(analytic, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_each_sample_of_a_batch_is_guided_by_its_own_loss_alone(model):
@@ -377,7 +419,44 @@ def test_a_model_without_gradients_is_refused_with_a_way_out():
     model.model.apply_model = torch.no_grad()(apply_model)
     with pytest.raises(RuntimeError, match=r"without gradients.*'fast'"):
         run(model, settings={"gradient": "full"})
-    run(model, settings={"gradient": "fast"})
+    _, trace = run(model, settings={"gradient": "fast"})
+    assert len(trace.steps) == 7 and not any(any(step.skipped) for step in trace.steps)
+
+
+def test_a_cfg_function_does_not_hide_a_model_without_gradients():
+    model = gaussian_mixture.patcher()
+    model.model.apply_model = torch.no_grad()(model.model.apply_model)
+    model.set_model_sampler_cfg_function(lambda args: args["cond"])  # x enters beside the model's output
+    with pytest.raises(RuntimeError, match="without gradients"):
+        run(model, cfg=3.0)
+
+
+def test_a_range_without_a_step_is_said(model, caplog):
+    latent, trace = run(model, settings={"start_percent": 0.9999})
+    assert trace.steps == [] and torch.equal(latent, unguided(model))
+    assert "no step of this run lies in the range" in caplog.text
+
+
+def test_a_schedule_of_one_entry_returns_what_it_was_given(model):
+    sampler = guided(comfy.samplers.ksampler("dpmpp_2m_sde"), Guidance(Distance()), GuidanceTrace())
+    x = torch.randn(1, *gaussian_mixture.SHAPE)
+    assert torch.equal(sampler.sampler_function(None, x, torch.tensor([0.0])), x)
+
+
+def test_differential_diffusion_guides_what_is_free_at_each_step(model):
+    latent = torch.randn(1, *gaussian_mixture.SHAPE)
+    grey = torch.linspace(0, 1, 4).reshape(1, 1, 2, 2)
+    patched = model.clone()
+    sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, "normal", 8)
+
+    def threshold(sigma, denoise_mask, extra_options):
+        assert extra_options["model"] and torch.equal(extra_options["sigmas"], sigmas)
+        return (denoise_mask >= sigma.max() / sigmas[0]).to(denoise_mask)
+
+    patched.set_model_denoise_mask_function(threshold)
+    result, trace = run(patched, settings={"guidance_rate": 0.5}, latent=latent, denoise_mask=grey)
+    assert (torch.tensor([step.radius for step in trace.steps]) - 1).abs().max() < 1e-4
+    assert not torch.equal(result, unguided(patched, latent=latent, denoise_mask=grey))
 
 
 def test_after_an_error_in_the_loss_the_model_is_as_it_was(model):

@@ -53,8 +53,8 @@ def test_a_latent_loss_needs_no_vae():
     assert len(trace.steps) == 3
 
 
-def test_start_behind_end_is_refused():
-    with pytest.raises(ValueError, match=r"start_percent \(0.8\) is behind end_percent \(0.2\)"):
+def test_an_empty_range_is_refused():
+    with pytest.raises(ValueError, match=r"start_percent \(0.8\) is not before end_percent \(0.2\)"):
         guide(start_percent=0.8, end_percent=0.2)
 
 
