@@ -5,8 +5,9 @@
 Each cell runs a guided and an unguided sampler in turn, on the same noise, several times; `step_ratio` is the median
 of the paired ratios. The loss is on latents and costs nothing, so the ratio is that of the model alone; rows of the
 kind "loss" give what the demo's loss adds, its decode through the VAE and its backward pass included. Rows of the kind
-"bare" are a forward and backward pass written by hand: what `full` takes beyond them is the wrapper's own share of a
-step. Once a run, the weights are prepared and put back: `setup_ms`.
+"bare" are a forward and backward pass written by hand, on weights that were made ready in the same way: what `full`
+takes beyond them is the wrapper's own share of a step. Making the weights ready and putting them back happens once a
+run: `setup_ms`.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def plain() -> comfy.samplers.KSAMPLER:
 
 
 def bare() -> comfy.samplers.KSAMPLER:
-    """euler_ancestral whose model calls are a forward and a backward pass, with nothing of ours around them."""
+    """euler_ancestral whose model calls are a forward and a backward pass, with nothing around them."""
     base = plain()
 
     def sample(model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any], **kwargs: Any) -> Any:
@@ -129,9 +130,9 @@ def measure(bench: Bench, sampler: comfy.samplers.KSAMPLER, cfg: float, pairs: i
     memory = peak_memory(lambda: bench.run(sampler, cfg))
     for _ in range(pairs):
         before, after = bench.run(plain(), cfg), bench.run(sampler, cfg)
-        ratios.append(statistics.median(after) / statistics.median(before))
-        guided_ms.append(1000 * statistics.median(after))
-        plain_ms.append(1000 * statistics.median(before))
+        ratios.append(statistics.mean(after) / statistics.mean(before))
+        guided_ms.append(1000 * statistics.mean(after))
+        plain_ms.append(1000 * statistics.mean(before))
     return {
         "step_ratio": round(statistics.median(ratios), 3),
         "step_ms": round(statistics.median(guided_ms), 2),
@@ -204,8 +205,9 @@ def models(quick: bool) -> Iterator[tuple[Bench, Decoder, int, int]]:
 
     with torch.inference_mode():
         toy, _, vae = toy_portraits.load()
-    context = toy.model.diffusion_model.input_blocks[1][1].transformer_blocks[0].attn2.to_k.in_features
-    yield Bench("toy portraits", toy, (77, context), 16, 6 if quick else 10), Decoder(vae), 16, 3 if quick else 15
+    context = toy.model.model_config.unet_config["context_dim"]
+    # An odd number of steps, so that of those timed (all but the first and the last) every second one is guided.
+    yield Bench("toy portraits", toy, (77, context), 16, 7 if quick else 11), Decoder(vae), 16, 3 if quick else 15
     taesd = Decoder(tiny_models.TinyVAE())
     sd15 = tiny_models.sd15(**SD15_LAYOUT)
     yield Bench("SD1.5 layout", sd15, (77, 768), 32, 3), taesd, 32, 1 if quick else 5

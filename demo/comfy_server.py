@@ -77,7 +77,7 @@ class ComfyServer:
     """A server process; also a context manager.
 
     base: scratch directory, made if absent. pack_name: the folder that the pack seems to lie in. device: "cpu", or
-    "auto" to leave the choice to ComfyUI. log: False lets the server's output through to the terminal.
+    "auto" to leave the choice to ComfyUI. What the server prints goes to `log_path`.
     """
 
     def __init__(
@@ -87,13 +87,12 @@ class ComfyServer:
         pack_name: str = "sphereguide",
         port: int | None = None,
         device: str = "cpu",
-        log: bool = True,
     ) -> None:
         self.base = Path(base).resolve()
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.client_id = uuid.uuid4().hex
-        self.log_path = self.base / "comfyui.log" if log else None
+        self.log_path = self.base / "comfyui.log"
         self.input = self.base / "input"
         self.output = self.base / "output"
         for folder in ("custom_nodes", "input", "models", "output", "temp", "user"):
@@ -113,17 +112,15 @@ class ComfyServer:
 
     def start(self, timeout: float = 300.0) -> ComfyServer:
         """Start the process and wait until it answers. Raises ServerError."""
-        output = open(self.log_path, "w") if self.log_path else None  # noqa: SIM115 - the process owns it
-        self.process = subprocess.Popen(
-            self.command,
-            cwd=self.base,
-            env={**os.environ, **self.environment()},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT if output else None,
-        )
-        if output:
-            output.close()
+        with open(self.log_path, "w") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                cwd=self.base,
+                env={**os.environ, **self.environment()},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
@@ -155,8 +152,6 @@ class ComfyServer:
             self.process.wait()
 
     def log_tail(self, lines: int = 30) -> str:
-        if not self.log_path:
-            return ""
         tail = self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
         return "\n".join(["\nThe end of its log:", *tail])
 

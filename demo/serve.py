@@ -24,7 +24,7 @@ def main() -> int:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             print(f"Port {port} is taken. Choose another: quickstart.py serve --port {port + 1}", file=sys.stderr)
             return 1
-    server = ComfyServer(PACK / "output" / "comfyui", port=port, device=device(), log=False)
+    server = ComfyServer(PACK / "output" / "comfyui", port=port, device=device())
     saved = server.base / "user" / "default" / "workflows"  # what newer pages list as the user's workflows
     saved.mkdir(parents=True, exist_ok=True)
     for workflow in (PACK / "workflows").glob("*.json"):
@@ -32,11 +32,13 @@ def main() -> int:
     for picture in (PACK / "workflows").glob("*.png"):
         shutil.copy(picture, server.input)
     try:
+        print("Starting ComfyUI", flush=True)
         with server:
             print(
-                f"\nSphereGuide is at {server.url}\n"
+                f"SphereGuide is at {server.url}\n"
                 f"Drag a workflow onto the page: {PACK / 'workflows'}\n"
-                "Ctrl-C stops it.\n",
+                f"What ComfyUI says: {server.log_path}\n"
+                "Ctrl-C stops it.",
                 flush=True,
             )
             return server.process.wait()
