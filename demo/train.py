@@ -32,6 +32,9 @@ from . import portraits
 
 CACHE = Path(__file__).parent / "cache"
 TRAIN_SIZE = 16384
+"""Portraits that the autoencoder sees."""
+LATENT_SIZE = 8192
+"""The first of them, which the U-Net sees."""
 VALIDATION_SIZE = 256
 
 
@@ -245,21 +248,26 @@ def encode_latents(args: argparse.Namespace) -> None:
     encoder.load_state_dict({k[len(prefix) :]: v.float() for k, v in weights.items() if k.startswith(prefix)})
     encoder.to(memory_format=torch.channels_last)
     encode = compiled(args, encoder)
-    for name, seeds in (
-        ("held_out", portraits.VALIDATION_SEEDS[:VALIDATION_SIZE]),
-        ("latents", portraits.TRAIN_SEEDS[:TRAIN_SIZE]),
-    ):
-        pixels, parts, began = images(seeds, args.work), [], time.time()
+    held_out = images(portraits.VALIDATION_SEEDS[:VALIDATION_SIZE], args.work)
+    train = images(portraits.TRAIN_SEEDS[:TRAIN_SIZE], args.work)[:LATENT_SIZE]
+    for name, pixels in (("held_out", held_out), ("latents", train)):
+        parts, began = [], time.time()
+        share = range(args.rank * len(pixels) // args.workers, (args.rank + 1) * len(pixels) // args.workers)
         with torch.no_grad():
-            for start in range(0, len(pixels), 32):
-                x = torch.from_numpy(pixels[start : start + 32].copy()).permute(0, 3, 1, 2).float().div_(255)
-                parts.append(encode(x).numpy())
-                if start % 2048 == 0:
-                    left = (time.time() - began) * (len(pixels) / (start + 32) - 1)
-                    print(f"{name} {start}/{len(pixels)}  {left / 60:.1f} min left", flush=True)
-        latents = np.concatenate(parts)
-        print(f"{name}: mean {latents.mean((0, 2, 3))} std {latents.std((0, 2, 3))}")
-        np.save(args.work / f"{name}.npy", latents)
+            for start in range(0, len(share), 16):
+                part = pixels[share.start + start : min(share.start + start + 16, share.stop)]
+                parts.append(encode(torch.from_numpy(part.copy()).permute(0, 3, 1, 2).float().div_(255)).numpy())
+                if start % 1024 == 0 and not args.rank:
+                    left = (time.time() - began) * (len(share) / (start + 16) - 1)
+                    print(f"{name} {start}/{len(share)}  {left / 60:.1f} min left", flush=True)
+        np.save(args.work / f"{name}-{args.rank}.npy", np.concatenate(parts))
+        if args.workers > 1:
+            dist.barrier()
+        if not args.rank:
+            shares = [np.load(args.work / f"{name}-{rank}.npy") for rank in range(args.workers)]
+            latents = np.concatenate(shares)
+            print(f"{name}: mean {latents.mean((0, 2, 3))} std {latents.std((0, 2, 3))}", flush=True)
+            np.save(args.work / f"{name}.npy", latents)
 
 
 def initialise_unet(unet: nn.Module) -> None:
@@ -328,7 +336,7 @@ def train_unet(args: argparse.Namespace) -> None:
         initialise_text(modules["text"])
     unet, text = compiled(args, modules["unet"]), modules["text"]
     train, held_out = np.load(args.work / "latents.npy"), torch.from_numpy(np.load(args.work / "held_out.npy"))
-    seeds = portraits.TRAIN_SEEDS[:TRAIN_SIZE]
+    seeds = portraits.TRAIN_SEEDS[:LATENT_SIZE]
     batch = args.batch // args.workers
     sigmas = sampling.sigmas
 
@@ -463,6 +471,9 @@ def main() -> None:
             setattr(args, name, value)
     args.work.mkdir(parents=True, exist_ok=True)
     args.session = f"{os.getpid()}"
+    if args.command in ("vae", "latents"):  # drawn before the workers start, which only read
+        images(portraits.TRAIN_SEEDS[:TRAIN_SIZE], args.work)
+        images(portraits.VALIDATION_SEEDS[:VALIDATION_SIZE], args.work)
     if args.workers > 1:
         torch.multiprocessing.spawn(work_on_cpu, (args,), nprocs=args.workers)
     else:
