@@ -1,0 +1,85 @@
+"""The workflows in ComfyUI's own page, in a browser. Needs Chromium, node and playwright-core; skipped without them.
+
+`npm install playwright-core` in any folder, and NODE_PATH=<that folder>/node_modules, is enough.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from comfy_server import ComfyServer
+from run import load, node_of
+
+ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def reason_to_skip() -> str:
+    if not CHROMIUM:
+        return "no Chromium on the PATH"
+    if not (node := shutil.which("node")):
+        return "no node on the PATH"
+    if subprocess.run([node, "-e", "require('playwright-core')"], capture_output=True).returncode:
+        return "node does not find playwright-core: npm install playwright-core, and set NODE_PATH"
+    return ""
+
+
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.skipif(reason_to_skip() != "", reason=reason_to_skip())]
+
+
+@pytest.mark.parametrize("name", ["toy_inpainting", "toy_super_resolution", "toy_deblur"])
+def test_workflow_dropped_on_the_page_gives_the_picture_of_its_api_twin(
+    comfy_server: ComfyServer, name: str, tmp_path: Path
+) -> None:
+    twin = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    workflow = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    scheduler = node_of(twin, "BasicScheduler")
+    twin[scheduler]["inputs"]["steps"] = 4  # time matters, the number of steps does not
+    (node,) = (node for node in workflow["nodes"] if str(node["id"]) == scheduler)
+    node["widgets_values"][1] = 4
+    (dropped := tmp_path / f"{name}.json").write_text(json.dumps(workflow), encoding="utf-8")
+
+    shutil.copy(ROOT / "workflows" / "sphereguide_portrait.png", comfy_server.input)
+    earlier = comfy_server.get_json("/history").keys()
+    page = subprocess.run(
+        ["node", str(ROOT / "tests" / "page.cjs"), comfy_server.url, str(dropped)],
+        env={**os.environ, "CHROMIUM": CHROMIUM or ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert page.returncode == 0, page.stderr
+    seen = json.loads(page.stdout)
+    assert seen["missing"] == []
+    for key, node in twin.items():
+        sent = seen["prompt"][key]
+        sent["inputs"].pop("upload", None)  # the older page sends its upload button along
+        assert (sent["class_type"], sent["inputs"]) == (node["class_type"], node["inputs"])
+    assert seen["prompt"].keys() == twin.keys()
+
+    save = node_of(twin, "SaveImage")
+    from_page = finished(comfy_server, earlier)["outputs"][save]["images"]
+    twin[twin[node_of(twin, "SamplerCustom")]["inputs"]["negative"][0]]["inputs"]["text"] = "past the server's cache"
+    run = comfy_server.run(twin)
+    assert node_of(twin, "SamplerCustom") not in run.cached
+    for image, expected in zip(from_page, load(comfy_server.images(run, save)), strict=True):
+        query = {key: image[key] for key in ("filename", "subfolder", "type")}
+        np.testing.assert_array_equal(load([comfy_server.get("/view", **query)])[0], expected)
+
+
+def finished(server: ComfyServer, earlier: set[str], timeout: float = 300.0) -> dict:
+    """The history of the prompt that is not among the earlier ones, once it is there."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        history = server.get_json("/history")
+        if new := history.keys() - earlier:
+            return history[new.pop()]
+        time.sleep(0.5)
+    raise TimeoutError(f"The page's prompt was not done within {timeout:.0f} seconds.{server.log_tail()}")
