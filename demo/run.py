@@ -15,7 +15,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -132,32 +131,34 @@ def contact_sheet(originals: list[np.ndarray], results: dict[str, dict[str, Any]
 # The run
 
 
-def progress_line(title: str) -> Callable[[Run], None]:
-    """Keeps one line of the terminal up to date with a run: steps, seconds, and about how many are left."""
+def follow(server: ComfyServer, prompt: Prompt, title: str) -> Run:
+    """Run a prompt with one line on the terminal: steps, seconds, and about how many are left."""
+    live = sys.stdout.isatty()
     started = time.monotonic()
 
     def show(run: Run) -> None:
         _, step, steps = run.progress[-1]
         seconds = time.monotonic() - started
         left = seconds / max(step, 1) * (steps - step)
-        if sys.stdout.isatty():
+        if live:
             print(
                 f"\r  {title}: step {step} of {steps}, {seconds:.0f} s, about {left:.0f} s left  ", end="", flush=True
             )
 
-    return show
+    print(f"  {title}: ", end="", flush=True)
+    run = server.run(prompt, on_progress=show, timeout=3600)
+    print(f"\r  {title}: {run.seconds:.0f} s{' ' * 40}" if live else f"{run.seconds:.0f} s", flush=True)
+    return run
 
 
 def run_workflow(server: ComfyServer, name: str, originals: list[np.ndarray], pictures: list[str], out: Path) -> dict:
     """Run one workflow with and without guidance, write its pictures, and measure them."""
     guided_prompt = batched(json.loads((PACK / "workflows" / "api" / f"{name}.json").read_text("utf-8")), pictures)
     save = node_of(guided_prompt, "SaveImage")
-    runs = {}
-    for stage, prompt in (("unguided", unguided(guided_prompt)), ("guided", guided_prompt)):
-        title = f"{name}, {stage}, {len(originals)} portraits"
-        runs[stage] = server.run(prompt, on_progress=progress_line(title), timeout=1800)
-        start = "\r" if sys.stdout.isatty() else ""
-        print(f"{start}  {title}: {runs[stage].seconds:.0f} s{' ' * 40}", flush=True)
+    runs = {
+        stage: follow(server, prompt, f"{name}, {stage}, {len(originals)} portraits")
+        for stage, prompt in (("unguided", unguided(guided_prompt)), ("guided", guided_prompt))
+    }
     degraded = preview_of(guided_prompt, "SphereGuideDegradeImage")
     files = {
         "degraded": server.images(runs["unguided"], degraded),
@@ -216,8 +217,9 @@ def demo(out: Path) -> None:
         for name, original in zip(pictures, originals, strict=True):
             for folder in (server.input, out):
                 Image.fromarray(original).save(folder / name)
+        print("  Starting ComfyUI: ", end="", flush=True)
         with server:
-            print(f"  ComfyUI is up: {time.monotonic() - started:.0f} s", flush=True)
+            print(f"{time.monotonic() - started:.0f} s", flush=True)
             host = describe_host(server)
             results = {name: run_workflow(server, name, originals, pictures, out) for name in WORKFLOWS}
     contact_sheet(originals, results).save(out / "contact_sheet.png")
