@@ -53,10 +53,10 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised (K. Jordan et al., 2024), for convolutions of one common shape class.
+    """Momentum whose update is orthogonalised (K. Jordan et al., 2024), for the matrices inside a network.
 
-    Kernels are matrices [out, in * k * k]. Five Newton-Schulz iterations bring the update's singular values near 1;
-    it is then scaled to an RMS of 0.2 (arXiv 2502.16982), so that `lr` means what it means to Adam.
+    Convolutions are matrices [out, in * k * k]. Five Newton-Schulz iterations bring the singular values of an update
+    near 1; it is then scaled to an RMS of 0.2 (arXiv 2502.16982), so that `lr` means what it means to Adam.
     """
 
     def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95):
@@ -71,6 +71,8 @@ class Muon(torch.optim.Optimizer):
                     self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
                 nesterov = [p.grad.lerp(self.state[p]["momentum"], group["momentum"]).flatten(1) for p in kernels]
                 x = torch.stack(nesterov)
+                tall = x.shape[1] > x.shape[2]
+                x = x.mT if tall else x
                 x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
                 # x <- (a + b x xᵀ + c (x xᵀ)²) x, with the small matrices alone: all of them are polynomials of x xᵀ
                 gram, eye = x @ x.mT, torch.eye(x.shape[1])
@@ -81,7 +83,7 @@ class Muon(torch.optim.Optimizer):
                 x = total @ x
                 scale = 0.2 * max(x.shape[1:]) ** 0.5
                 for p, update in zip(kernels, x, strict=True):
-                    p.sub_(update.view(shape), alpha=group["lr"] * scale)
+                    p.sub_((update.mT if tall else update).reshape(shape), alpha=group["lr"] * scale)
 
 
 def fit(
@@ -90,16 +92,19 @@ def fit(
     modules: nn.Module,
     loss: Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]],
     validate: Callable[[nn.Module], dict[str, float]],
+    is_hidden: Callable[[str, nn.Parameter], bool],
     weight_decay: float,
 ) -> None:
-    """Adam on `loss(step, generator)` with an exponential moving average; validates and checkpoints as it goes.
+    """Minimises `loss(step, generator)` with an exponential moving average; validates and checkpoints as it goes.
+
+    Muon takes the parameters that `is_hidden(name, parameter)`, Adam the others.
 
     The checkpoint `name.pt` holds weights, average, optimizer state and step.
     """
     folder, rank = args.work, args.rank
     path = folder / f"{name}.pt"
     trained = [p for p in modules.parameters() if p.requires_grad]
-    muon = [p for p in trained if p.ndim == 4 and p.shape[0] == p.shape[1]] if args.muon else []
+    muon = [p for key, p in modules.named_parameters() if p.requires_grad and args.muon and is_hidden(key, p)]
     adam = [p for p in trained if all(p is not q for q in muon)]
     optimizers = {"adam": torch.optim.AdamW(adam, lr=args.lr, betas=(0.9, 0.99), weight_decay=weight_decay)}
     if muon:
@@ -225,7 +230,10 @@ def train_vae(args: argparse.Namespace) -> None:
             y = torch.cat([average.taesd_decoder(average.taesd_encoder(part)).clamp(0, 1) for part in x.split(8)])
         return {"psnr": float((-10 * ((x - y) ** 2).mean((1, 2, 3)).log10()).mean())}
 
-    fit(args, "vae", vae, loss, validate, weight_decay=0.0)
+    def is_hidden(name: str, p: nn.Parameter) -> bool:
+        return p.ndim == 4 and p.shape[0] == p.shape[1]
+
+    fit(args, "vae", vae, loss, validate, is_hidden, weight_decay=0.0)
 
 
 def normalised_vae(args: argparse.Namespace) -> dict[str, Tensor]:
@@ -375,9 +383,14 @@ def train_unet(args: argparse.Namespace) -> None:
                 errors.append(noise_error(average["unet"], held_out[part], t[part], noise[part], context)[0])
         return {"held_out_eps_mse": float(torch.cat(errors).mean())}
 
+    def is_hidden(name: str, p: nn.Parameter) -> bool:
+        return (
+            p.ndim > 1 and "embedding" not in name and name not in ("unet.input_blocks.0.0.weight", "unet.out.2.weight")
+        )
+
     # Comfy's layers add to activations in place, which is legal for autograd in this context only.
     with torch.autograd.graph.allow_mutation_on_saved_tensors():
-        fit(args, "unet", modules, loss, validate, weight_decay=0.01)
+        fit(args, "unet", modules, loss, validate, is_hidden, weight_decay=0.01)
 
 
 def rgb_factors(work: Path) -> tuple[Tensor, Tensor]:
@@ -440,7 +453,7 @@ def host_on_cpu() -> None:
 COMMANDS = {"vae": train_vae, "latents": encode_latents, "unet": train_unet, "export": export}
 DEFAULTS = {
     "vae": {"steps": 2200, "batch": 12, "lr": 1.2e-3, "muon": 2.0, "ema": 0.995},
-    "unet": {"steps": 9000, "batch": 16, "lr": 8e-4, "muon": 0.0, "ema": 0.999},
+    "unet": {"steps": 9000, "batch": 16, "lr": 8e-4, "muon": 1.0, "ema": 0.999},
 }
 
 
@@ -452,9 +465,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int, help="samples a step, over all workers")
     parser.add_argument("--lr", type=float, help="peak learning rate")
-    parser.add_argument(
-        "--muon", type=float, help="learning rate of square convolutions under Muon, over Adam's; 0: off"
-    )
+    parser.add_argument("--muon", type=float, help="learning rate of Muon, over Adam's; 0: Adam for all")
     parser.add_argument("--ema", type=float, help="decay of the moving average")
     parser.add_argument("--workers", type=int, default=1, help="data-parallel processes of one thread each")
     parser.add_argument("--threads", type=int, default=0, help="threads of a single worker (default: torch's choice)")
