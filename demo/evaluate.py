@@ -85,7 +85,7 @@ def soften(x: Tensor, rng: torch.Generator) -> Tensor:
     return (x + noise).clamp(0, 1)
 
 
-def judges(work: Path, count: int = 8192, epochs: int = 5, batch: int = 32) -> tuple[Classifier, Segmenter]:
+def judges(work: Path, count: int = 8192, epochs: int = 3, batch: int = 32) -> tuple[Classifier, Segmenter]:
     """The classifier and the segmenter, trained once into `evaluators.pt`."""
     torch.manual_seed(1)
     classifier, segmenter = Classifier(), Segmenter()
@@ -106,8 +106,8 @@ def judges(work: Path, count: int = 8192, epochs: int = 5, batch: int = 32) -> t
         truth = torch.from_numpy(data["labels"][index].astype(np.int64))
         logits = classifier(x).split(classifier.sizes, 1)
         loss = sum(F.cross_entropy(part, truth[:, i]) for i, part in enumerate(logits))
-        classes = torch.from_numpy(data["classes"][index][:, 1::2, 1::2].astype(np.int64))
-        loss = loss + 4 * F.cross_entropy(segmenter(x), classes)
+        classes = torch.from_numpy(data["classes"][index[::2], 1::2, 1::2].astype(np.int64))
+        loss = loss + 4 * F.cross_entropy(segmenter(x[::2]), classes)
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, 2e-3)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
