@@ -24,6 +24,7 @@ from pathlib import Path
 __all__ = ["ComfyServer", "ExecutionError", "Interrupted", "PromptRejected", "Run", "ServerError"]
 
 PACK = Path(__file__).resolve().parent.parent
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy has no business on this machine's ports
 
 
 class ServerError(RuntimeError):
@@ -121,18 +122,23 @@ class ComfyServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
+        try:
+            self.wait_until_up(timeout)
+        except BaseException:  # Ctrl-C too: nobody else will stop it
+            self.stop()
+            raise
+        return self
+
+    def wait_until_up(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                raise ServerError(
-                    f"ComfyUI stopped with exit code {self.process.returncode} at its start.{self.log_tail()}"
-                )
+            if (code := self.process.poll()) is not None:
+                raise ServerError(f"ComfyUI stopped at its start, with exit code {code}.{self.log_tail()}")
             try:
                 self.get("/system_stats")
-                return self
+                return
             except OSError:
                 time.sleep(0.2)
-        self.stop()
         raise ServerError(f"ComfyUI did not answer on port {self.port} within {timeout:.0f} seconds.{self.log_tail()}")
 
     def environment(self) -> dict[str, str]:
@@ -158,7 +164,7 @@ class ComfyServer:
     # HTTP
 
     def get(self, path: str, **query: str) -> bytes:
-        with urllib.request.urlopen(f"{self.url}{path}?{urllib.parse.urlencode(query)}", timeout=60) as answer:
+        with OPENER.open(f"{self.url}{path}?{urllib.parse.urlencode(query)}", timeout=60) as answer:
             return answer.read()
 
     def get_json(self, path: str, **query: str) -> dict:
@@ -168,7 +174,7 @@ class ComfyServer:
         request = urllib.request.Request(
             self.url + path, json.dumps(body).encode(), headers={"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with OPENER.open(request, timeout=60) as answer:
             return answer.read()
 
     def interrupt(self) -> None:

@@ -11,6 +11,7 @@ import importlib.metadata
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -218,10 +219,13 @@ def demo(out: Path) -> None:
             for folder in (server.input, out):
                 Image.fromarray(original).save(folder / name)
         print("  Starting ComfyUI: ", end="", flush=True)
-        with server:
-            print(f"{time.monotonic() - started:.0f} s", flush=True)
-            host = describe_host(server)
-            results = {name: run_workflow(server, name, originals, pictures, out) for name in WORKFLOWS}
+        try:
+            with server:
+                print(f"{time.monotonic() - started:.0f} s", flush=True)
+                host = describe_host(server)
+                results = {name: run_workflow(server, name, originals, pictures, out) for name in WORKFLOWS}
+        finally:
+            shutil.copy(server.log_path, out / "comfyui.log")
     contact_sheet(originals, results).save(out / "contact_sheet.png")
     report = {
         "host": host,
@@ -246,7 +250,7 @@ def main() -> int:
     try:
         demo(parser.parse_args().out)
     except (ExecutionError, PromptRejected, ServerError) as error:
-        print(f"\nThe demo failed. {error}", file=sys.stderr)
+        print(f"\nThe demo failed. {error}\nWhat ComfyUI said is in comfyui.log beside the pictures.", file=sys.stderr)
         return 1
     return 0
 
