@@ -76,10 +76,11 @@ class Muon(torch.optim.Optimizer):
                 x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
                 # x <- (a + b x xᵀ + c (x xᵀ)²) x, with the small matrices alone: all of them are polynomials of x xᵀ
                 gram, eye = x @ x.mT, torch.eye(x.shape[1])
-                total = eye.expand_as(gram)
-                for _ in range(5):
+                total = None
+                for i in range(5):
                     factor = 3.4445 * eye - 4.7750 * gram + 2.0315 * gram @ gram
-                    total, gram = factor @ total, factor @ gram @ factor
+                    total = factor if i == 0 else factor @ total
+                    gram = gram if i == 4 else factor @ gram @ factor
                 x = total @ x
                 scale = 0.2 * max(x.shape[1:]) ** 0.5
                 for p, update in zip(kernels, x, strict=True):
@@ -441,19 +442,19 @@ def work(rank: int, args: argparse.Namespace) -> None:
 
 
 def host_on_cpu() -> None:
-    """Keep ComfyUI from reading this program's command line, and on the CPU."""
+    """Keep ComfyUI from reading this program's command line, and on the CPU, with torch's attention (twice as fast)."""
     import comfy.options
 
     comfy.options.args_parsing = False
     from comfy.cli_args import args
 
-    args.cpu = True
+    args.cpu = args.use_pytorch_cross_attention = True
 
 
 COMMANDS = {"vae": train_vae, "latents": encode_latents, "unet": train_unet, "export": export}
 DEFAULTS = {
     "vae": {"steps": 2200, "batch": 12, "lr": 1.2e-3, "muon": 2.0, "ema": 0.995},
-    "unet": {"steps": 9000, "batch": 16, "lr": 8e-4, "muon": 1.0, "ema": 0.999},
+    "unet": {"steps": 3000, "batch": 16, "lr": 1e-3, "muon": 1.5, "ema": 0.998},
 }
 
 
