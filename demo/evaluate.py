@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from . import portraits, toy_portraits
 from .train import CACHE, generator, host_on_cpu, images, learning_rate
 
-EYE_AREA = (60, 700)
-"""A component of the class "eyes" counts as an eye within these areas, in px of 128x128."""
-MOUTH_AREA = 20
+EYE_AREA = (120, 560)
+"""A component of the class "eyes" counts as an eye within these areas, in px of 128x128 (real ones: 220 to 440)."""
+MOUTH_AREA = 40
 
 
 def block(n_in: int, n_out: int, stride: int = 1) -> nn.Sequential:
