@@ -353,8 +353,8 @@ WORKFLOWS = {
         "inpainting",
         "SphereGuideInpaintingLoss",
         {},
-        guidance_rate=0.2,
-        steps=50,
+        guidance_rate=0.3,
+        steps=30,
         note="""
 Half of the pixels are missing, one by one at random, and there is noise on the rest. The model only knows how to paint
 portraits; nobody taught it to repair them. Inpainting Loss measures how far each estimate is from the pixels that are
@@ -366,8 +366,8 @@ known, and DSG Guidance turns the sampler's noise so that the result agrees with
         "super-resolution",
         "SphereGuideSuperResolutionLoss",
         {"factor": 4},
-        guidance_rate=0.1,
-        steps=50,
+        guidance_rate=0.2,
+        steps=30,
         note="""
 The portrait is scaled down to 32 x 32 pixels, with noise. The model only knows how to paint portraits;
 nobody taught it to enlarge them. Super-Resolution Loss scales each estimate down in the same way and compares, and DSG
@@ -379,8 +379,8 @@ Guidance turns the sampler's noise so that the result agrees. Set the same facto
         "gaussian blur",
         "SphereGuideGaussianDeblurLoss",
         {"kernel_size": 61, "sigma": 3.0},
-        guidance_rate=0.1,
-        steps=50,
+        guidance_rate=0.2,
+        steps=30,
         note="""
 The portrait is blurred (sigma 3 pixels), with noise. The model only knows how to paint portraits; nobody taught it to
 sharpen them. Gaussian Deblur Loss blurs each estimate in the same way and compares, and DSG Guidance turns the noise of
