@@ -737,11 +737,11 @@ def draw(portrait: Portrait) -> tuple[np.ndarray, np.ndarray]:
     _hair_front(c, p, hair, light)
 
     image = c.image.reduce(SUPERSAMPLING).filter(ImageFilter.GaussianBlur(0.6))
-    pixels = np.asarray(image)
+    pixels = np.array(image)
     if p.style == "watercolor":  # pigment pools over everything
         pixels = np.clip(pixels + 14 * _wash(int(p.texture * 32) + 32), 0, 255).astype(np.uint8)
     middle = SUPERSAMPLING // 2
-    return np.ascontiguousarray(pixels), np.asarray(c.classes)[middle::SUPERSAMPLING, middle::SUPERSAMPLING].copy()
+    return pixels, np.asarray(c.classes)[middle::SUPERSAMPLING, middle::SUPERSAMPLING].copy()
 
 
 def render(portrait: Portrait | int) -> np.ndarray:
