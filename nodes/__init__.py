@@ -1,12 +1,13 @@
 """What ComfyUI sees: one module a family, each with its `NODES`."""
 
-from . import degrade, guidance, measurement, report
+from . import degrade, demo, guidance, measurement, report
 
 _NODES = {
     **guidance.NODES,
     **report.NODES,
     **measurement.NODES,
     **degrade.NODES,
+    **demo.NODES,
 }
 
 NODE_CLASS_MAPPINGS = {node_id: node for node_id, (node, _) in _NODES.items()}
