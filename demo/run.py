@@ -174,6 +174,8 @@ def run_workflow(server: ComfyServer, name: str, originals: list[np.ndarray], pi
             path = folder / f"{index}_{stage}.png"
             path.write_bytes(content)
             written.append(path.relative_to(out).as_posix())
+            if stage == "degraded":  # beside the portraits, for Load Image
+                (server.input / f"{name}_{index}.png").write_bytes(content)
     curves = folder / "guidance_report.png"
     curves.write_bytes(server.images(runs["guided"], preview_of(guided_prompt, "SphereGuideReport"))[0])
     result: dict[str, Any] = {
