@@ -100,7 +100,7 @@ class DSGGuidance:
                     {
                         "tooltip": (
                             "full: exact, through the whole model. cond only: the negative prompt counts as constant,"
-                            " which saves a third of the time with CFG. fast: no backward pass through the model; "
+                            " which saves time with CFG on large models. fast: no backward pass through the model; "
                             "cheap in time and memory, and weaker."
                         )
                     },
