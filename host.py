@@ -117,7 +117,10 @@ def chain(model: Any) -> Iterator[Any]:
     """`model` and what it wraps: other packs' wrappers, `KSamplerX0Inpaint`, the guider, the `BaseModel`."""
     while model is not None:
         yield model
-        model = getattr(model, "inner_model", None) if not isinstance(model, torch.nn.Module) else None
+        if isinstance(model, torch.nn.Module):
+            return
+        # The pack's own wrappers pass for what they wrap, `inner_model` included.
+        model = vars(model).get("wrapped") or getattr(model, "inner_model", None)
 
 
 def base_model(model: Any) -> torch.nn.Module:

@@ -59,7 +59,7 @@ class LatentLoss(Loss):
 
     space = "latent"
 
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+    def forward(self, latents: torch.Tensor, step: Any = None) -> torch.Tensor:
         return latents.flatten(1).square().sum(1)
 
 

@@ -2,26 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-__all__ = ["Loss"]
+__all__ = ["Loss", "Step"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """The sampling step that asks, for the losses that depend on it.
+
+    index     in the sampler's schedule, from 0
+    progress  through the model's noise schedule, 0 at pure noise and 1 at the image: what start_percent counts in
+    seed      of the run
+    timestep  `[B]`, what the model is told of the noise level (for losses on noisy latents)
+    memory    what losses remember within a run, by loss: empty when a run begins, so that the losses stay stateless
+    """
+
+    index: int = 0
+    progress: float = 0.0
+    seed: int = 0
+    timestep: Tensor | None = None
+    memory: dict[Any, Any] = field(default_factory=dict)
 
 
 class Loss(nn.Module):
     """One number a sample, lower is better, differentiable with respect to what it judges.
 
-    Called with images `[B, 3, H, W]`, nominally in 0..1 but not clamped, or, where `space` is "latent", with latents
-    `[B, C, h, w]` as the model sees them. Returns `[B]`. Sample i of the batch decides loss i alone.
+    Called with what `space` names and, where the step matters, a `Step`. Returns `[B]`. Sample i of the batch decides
+    loss i alone.
+
+        "image"   images `[B, 3, H, W]`, nominally in 0..1 but not clamped
+        "latent"  latents `[B, C, h, w]` as the model sees them
+        "noisy"   the noisy latents `[B, C, h, w]`, scaled as the model's network sees them
 
     What a loss compares with is encoded when it is made and kept in buffers. One object serves many runs, so a call
-    leaves nothing behind. Networks that a loss looks through stay in ComfyUI's model management: their patchers are
-    listed in `patchers`, for the sampler to load before it starts.
+    leaves nothing behind but in `step.memory`. Networks that a loss looks through stay in ComfyUI's model management:
+    their patchers are listed in `patchers`, for the sampler to load before it starts.
     """
 
-    space = "image"
+    space: Literal["image", "latent", "noisy"] = "image"
     patchers: tuple[Any, ...] = ()
 
-    def forward(self, images: Tensor) -> Tensor:
+    def weight(self, step: Step) -> float:
+        """How much of the guidance's strength this step gets. `forward` leaves it out. At 0 the loss isn't asked."""
+        return 1.0
+
+    def forward(self, images: Tensor, step: Step | None = None) -> Tensor:
         raise NotImplementedError

@@ -8,13 +8,25 @@ own: what degrades a picture for a test is what the loss applies to the estimate
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Loss
+from .base import Loss, Step
 
-__all__ = ["GaussianDeblur", "Inpainting", "SuperResolution", "downsample", "gaussian_blur"]
+__all__ = [
+    "GaussianDeblur",
+    "Inpainting",
+    "LowPass",
+    "MotionDeblur",
+    "SuperResolution",
+    "downsample",
+    "gaussian_blur",
+    "low_pass",
+    "motion_blur",
+]
 
 
 def downsample(images: Tensor, factor: int) -> Tensor:
@@ -43,6 +55,34 @@ def gaussian_blur(images: Tensor, kernel_size: int, sigma: float) -> Tensor:
     return F.conv2d(images, kernel.mT, groups=images.shape[1])
 
 
+def motion_blur(images: Tensor, length: float, angle: float) -> Tensor:
+    """Blur by a straight movement of `length` ≥ 1 pixels at `angle` degrees, counter-clockwise from the right.
+
+    Borders are reflected. Raises ValueError where the image is too small for that.
+    """
+    half = math.ceil(length / 2)
+    if min(images.shape[-2:]) <= half:
+        height, width = images.shape[-2:]
+        raise ValueError(
+            f"A motion of {length:g} pixels is too long for an image of {width}×{height} pixels. "
+            f"Choose at most {2 * (min(height, width) - 1)}."
+        )
+    offsets = torch.arange(-half, half + 1, device=images.device, dtype=images.dtype)
+    right, up = offsets, -offsets[:, None]
+    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    along, across = right * cos + up * sin, up * cos - right * sin
+    # A line one pixel wide, antialiased at its sides and ends.
+    kernel = (1 - across.abs()).clamp(0, 1) * ((length + 1) / 2 - along.abs()).clamp(0, 1)
+    kernel = (kernel / kernel.sum()).expand(images.shape[1], 1, -1, -1)
+    return F.conv2d(F.pad(images, (half, half, half, half), mode="reflect"), kernel, groups=images.shape[1])
+
+
+def low_pass(images: Tensor, factor: int) -> Tensor:
+    """φ_N of ILVR (arXiv 2108.02938): down- then upsampling by `factor`, to the size that it had; bicubic."""
+    small = downsample(images, factor)
+    return F.interpolate(small, size=images.shape[-2:], mode="bicubic", align_corners=False)
+
+
 class _Measurement(Loss):
     """‖y − A(x̂₀)‖₂ with y `[R, 3, h, w]`; sample i is held against measurement i mod R."""
 
@@ -55,7 +95,7 @@ class _Measurement(Loss):
     def operator(self, images: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, step: Step | None = None) -> Tensor:
         estimate = self.operator(images)
         y = self.measurement.to(estimate)
         if estimate.shape[1:] != y.shape[1:]:
@@ -114,6 +154,40 @@ class GaussianDeblur(_Measurement):
 
     def operator(self, images: Tensor) -> Tensor:
         return gaussian_blur(images, self.kernel_size, self.sigma)
+
+
+class MotionDeblur(_Measurement):
+    """A blurs by a straight movement; measurement `[R, 3, H, W]`, 0..1."""
+
+    title = "Motion Deblur Loss"
+
+    def __init__(self, measurement: Tensor, length: float, angle: float) -> None:
+        super().__init__(measurement)
+        self.length = length
+        self.angle = angle
+
+    def operator(self, images: Tensor) -> Tensor:
+        return motion_blur(images, self.length, self.angle)
+
+
+class LowPass(Loss):
+    """‖φ_N(y) − φ_N(x̂₀)‖₂: ILVR's condition (Choi et al., arXiv 2108.02938, eq. 6) as a loss.
+
+    reference  y, `[R, 3, H, W]`, 0..1, resized to the image: only what is coarse counts
+    factor     N; the larger, the freer is the image
+    """
+
+    def __init__(self, reference: Tensor, factor: int) -> None:
+        super().__init__()
+        self.register_buffer("reference", reference)
+        self.factor = factor
+
+    def forward(self, images: Tensor, step: Step | None = None) -> Tensor:
+        reference = self.reference.to(images)
+        if reference.shape[-2:] != images.shape[-2:]:
+            reference = F.interpolate(reference, size=images.shape[-2:], mode="bicubic", antialias=True)
+        difference = low_pass(_repeat(reference, len(images)) - images, self.factor)
+        return torch.linalg.vector_norm(difference.flatten(1), dim=1)
 
 
 def _repeat(tensor: Tensor, batch: int) -> Tensor:

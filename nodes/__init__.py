@@ -1,11 +1,13 @@
 """What ComfyUI sees: one module a family, each with its `NODES`."""
 
-from . import degrade, demo, guidance, measurement, report
+from . import combine, degrade, demo, guidance, measurement, reference, report
 
 _NODES = {
     **guidance.NODES,
+    **reference.NODES,
     **report.NODES,
     **measurement.NODES,
+    **combine.NODES,
     **degrade.NODES,
     **demo.NODES,
 }

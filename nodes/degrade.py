@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..losses.measurement import downsample, gaussian_blur
+from ..losses.measurement import downsample, gaussian_blur, motion_blur
 from .images import from_image, to_image
-from .measurement import FACTOR, KERNEL_SIZE, SIGMA
+from .measurement import ANGLE, FACTOR, KERNEL_SIZE, LENGTH, SIGMA
 
 
 class DegradeImage:
@@ -33,11 +33,11 @@ class DegradeImage:
             "required": {
                 "image": ("IMAGE", {"tooltip": "The picture to degrade."}),
                 "operator": (
-                    ["inpainting", "super-resolution", "gaussian blur"],
+                    ["inpainting", "super-resolution", "gaussian blur", "motion blur"],
                     {
                         "tooltip": (
                             "inpainting: random pixels go missing. super-resolution: scaled down. gaussian blur: "
-                            "blurred."
+                            "out of focus. motion blur: moved while it was taken."
                         )
                     },
                 ),
@@ -76,7 +76,8 @@ class DegradeImage:
                         "tooltip": "Decides which pixels go missing, and the noise.",
                     },
                 ),
-            }
+            },
+            "optional": {"length": LENGTH, "angle": ANGLE},
         }
 
     def degrade(
@@ -89,6 +90,8 @@ class DegradeImage:
         sigma: float,
         noise: float,
         seed: int,
+        length: float = LENGTH[1]["default"],
+        angle: float = ANGLE[1]["default"],
     ) -> tuple[Tensor, Tensor]:
         images = from_image(image)
         generator = torch.Generator().manual_seed(seed)
@@ -98,8 +101,10 @@ class DegradeImage:
         elif operator == "super-resolution":
             images = downsample(images, factor)
             missing = torch.zeros(len(images), 1, *images.shape[-2:])
-        else:
+        elif operator == "gaussian blur":
             images = gaussian_blur(images, kernel_size, sigma)
+        else:
+            images = motion_blur(images, length, angle)
         images = images + noise * torch.randn(images.shape, generator=generator).to(images)
         missing = missing.to(images)
         grey = 0.5  # what a missing pixel shows

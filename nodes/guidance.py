@@ -160,7 +160,7 @@ class DSGGuidance:
             )
         guidance = Guidance(
             loss=loss,
-            decode=None if loss.space == "latent" else Decoder(vae),
+            decode=Decoder(vae) if loss.space == "image" else None,
             guidance_rate=guidance_rate,
             interval=interval,
             start_percent=start_percent,

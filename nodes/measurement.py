@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..losses.measurement import GaussianDeblur, Inpainting, SuperResolution
+from ..losses.measurement import GaussianDeblur, Inpainting, LowPass, MotionDeblur, SuperResolution
 from .images import from_image, from_mask
 
 KERNEL_SIZE = (
@@ -32,6 +32,27 @@ SIGMA = (
 FACTOR = (
     "INT",
     {"default": 4, "min": 2, "max": 32, "tooltip": "How many times smaller the low-resolution image is, on each side."},
+)
+
+LENGTH = (
+    "FLOAT",
+    {
+        "default": 9.0,
+        "min": 1.0,
+        "max": 200.0,
+        "step": 0.5,
+        "tooltip": "How far the picture moved, in pixels.",
+    },
+)
+ANGLE = (
+    "FLOAT",
+    {
+        "default": 0.0,
+        "min": -180.0,
+        "max": 180.0,
+        "step": 1.0,
+        "tooltip": "Direction of the movement in degrees: 0 is sideways, 45 up to the right, 90 upright.",
+    },
 )
 
 
@@ -115,8 +136,62 @@ class GaussianDeblurLoss(_MeasurementLoss):
         return (GaussianDeblur(from_image(image), kernel_size, sigma),)
 
 
+class MotionDeblurLoss(_MeasurementLoss):
+    DESCRIPTION = (
+        "Guides the sampler to sharp pictures that look like this one when they are blurred by a straight movement, "
+        "as by a shaken camera."
+    )
+    SEARCH_ALIASES = ["deblur", "motion blur", "camera shake", "sharpen", "inverse problem"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "image": ("IMAGE", {"tooltip": "The blurred picture, as large as the latent decodes to."}),
+                "length": LENGTH,
+                "angle": ANGLE,
+            }
+        }
+
+    def make(self, image: Tensor, length: float, angle: float) -> tuple[MotionDeblur]:
+        return (MotionDeblur(from_image(image), length, angle),)
+
+
+class LowPassLoss(_MeasurementLoss):
+    DESCRIPTION = (
+        "Guides the sampler to pictures whose coarse structure and colours are those of a reference: a sketch, a "
+        "photo, a colour layout. The fine parts are free. It is ILVR's condition as a loss."
+    )
+    SEARCH_ALIASES = ["ilvr", "reference", "colour layout", "low frequency", "composition"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "image": ("IMAGE", {"tooltip": "The reference. Of any size: it is resized to the picture."}),
+                "factor": (
+                    "INT",
+                    {
+                        "default": 16,
+                        "min": 2,
+                        "max": 256,
+                        "tooltip": (
+                            "N: what is finer than about this many pixels is free. 4 keeps much of the reference, 64 "
+                            "little more than its colours."
+                        ),
+                    },
+                ),
+            }
+        }
+
+    def make(self, image: Tensor, factor: int) -> tuple[LowPass]:
+        return (LowPass(from_image(image), factor),)
+
+
 NODES = {
     "SphereGuideInpaintingLoss": (InpaintingLoss, "Inpainting Loss"),
     "SphereGuideSuperResolutionLoss": (SuperResolutionLoss, "Super-Resolution Loss"),
     "SphereGuideGaussianDeblurLoss": (GaussianDeblurLoss, "Gaussian Deblur Loss"),
+    "SphereGuideMotionDeblurLoss": (MotionDeblurLoss, "Motion Deblur Loss"),
+    "SphereGuideLowPassLoss": (LowPassLoss, "Low-Pass Reference Loss"),
 }

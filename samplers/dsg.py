@@ -28,8 +28,9 @@ from comfy.conds import CONDConstant
 from torch import Tensor, nn
 
 from .. import host
-from ..losses.base import Loss
+from ..losses.base import Loss, Step
 from .autograd import Recording, differentiable, normal
+from .ilvr import ReferencedModel
 from .trace import GuidanceTrace
 
 __all__ = ["GRADIENTS", "Guidance", "deterministic_sampler_message", "guided", "on_sphere"]
@@ -104,14 +105,17 @@ def guided(sampler: comfy.samplers.KSAMPLER, guidance: Guidance, trace: Guidance
         source = options.get("noise_sampler") or host.noise_source(function, x, sigmas, extra_args.get("seed"))
         mode = torch.inference_mode(torch.is_inference_mode_enabled())
         with _prepared(model, guidance, x, extra_args) as (recording, extra_args):
-            guided_model = _GuidedModel(model, sigmas, guidance, trace, recording)
+            guided_model = _GuidedModel(model, sigmas, guidance, trace, recording, extra_args.get("seed"))
             arguments["noise_sampler"] = guided_model.noise_sampler(source)
             arguments["callback"] = guided_model.callback(mode(callback) if callback else None)
             x = function(guided_model, normal(x), normal(sigmas), extra_args=extra_args, **arguments)
         if guided_model.guided_calls and not trace.steps:
             raise ValueError(deterministic_sampler_message("drew none in the steps that were to be guided"))
         if not guided_model.guided_calls:
-            log.warning("DSG Guidance: no step of this run lies in the range that start_percent and end_percent leave.")
+            log.warning(
+                "DSG Guidance: no step of this run lies where start_percent, end_percent and the schedule of the loss "
+                "allow guidance."
+            )
         trace.warn_of_skipped_steps()
         return x
 
@@ -183,6 +187,7 @@ class _Evaluation:
     loss: Tensor
     gradient: Tensor
     free: Tensor | None
+    guidance_rate: float
 
 
 def deterministic_sampler_message(what: str) -> str:
@@ -200,10 +205,21 @@ class _GuidedModel:
     """
 
     def __init__(
-        self, model: Any, sigmas: Tensor, guidance: Guidance, trace: GuidanceTrace, recording: Recording
+        self,
+        model: Any,
+        sigmas: Tensor,
+        guidance: Guidance,
+        trace: GuidanceTrace,
+        recording: Recording,
+        seed: int | None,
     ) -> None:
         if any(isinstance(link, _GuidedModel) for link in host.chain(model)):
             raise ValueError("DSG Guidance: this sampler is guided already. Guide it once, with one loss.")
+        if any(isinstance(link, ReferencedModel) for link in host.chain(model)):
+            raise ValueError(
+                "ILVR Reference needs the sampler itself, and here it got one that DSG Guidance guides. Connect the "
+                "sampler to ILVR Reference, and that to DSG Guidance."
+            )
         self.wrapped = model
         self.guidance = guidance
         self.trace = trace
@@ -214,6 +230,8 @@ class _GuidedModel:
         model_sampling = self.model.model_sampling
         self.sigma_start = float(model_sampling.percent_to_sigma(guidance.start_percent))
         self.sigma_end = float(model_sampling.percent_to_sigma(guidance.end_percent))
+        self.seed = seed or 0
+        self.memory: dict[Any, Any] = {}
         self.step = 0
         self.guided_calls = 0
         self.latest: _Evaluation | None = None
@@ -225,12 +243,16 @@ class _GuidedModel:
         self.latest = None
         if not self._guides(float(sigma.max())):
             return self.wrapped(x, sigma, **extra_args)
-        denoised, loss, gradient = self._evaluate(x, sigma, **extra_args)
+        step = self._loss_step(sigma)
+        rate = min(1.0, self.guidance.guidance_rate * self.guidance.loss.weight(step))
+        if rate == 0:
+            return self.wrapped(x, sigma, **extra_args)
+        denoised, loss, gradient = self._evaluate(x, sigma, step, **extra_args)
         free = self._free_coordinates(x, sigma, **extra_args)
         if free is not None:
             gradient = gradient * free
         self.guided_calls += 1
-        self.latest = _Evaluation(self.step, sigma, loss, gradient, free)
+        self.latest = _Evaluation(self.step, sigma, loss, gradient, free, rate)
         return denoised
 
     def _guides(self, sigma: float) -> bool:
@@ -240,25 +262,36 @@ class _GuidedModel:
             and self.sigma_end <= sigma <= self.sigma_start
         )
 
-    def _evaluate(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def _loss_step(self, sigma: Tensor) -> Step:
+        sampling = self.model.model_sampling
+        return Step(
+            index=self.step,
+            progress=_progress(sampling, float(sigma.max())),
+            seed=self.seed,
+            timestep=sampling.timestep(sigma),
+            memory=self.memory,
+        )
+
+    def _evaluate(self, x: Tensor, sigma: Tensor, step: Step, **extra_args: Any) -> tuple[Tensor, Tensor, Tensor]:
         """denoised `[B, …]`, loss `[B]`, and the loss's gradient `[B, …]` with respect to x (fast: to denoised)."""
         try:
-            return self._differentiate(x, sigma, **extra_args)
+            return self._differentiate(x, sigma, step, **extra_args)
         except RuntimeError as error:
             if self.mutation or "inplace operation" not in str(error):
                 raise
         # Something in the workflow overwrites what autograd needs, as some model patches do. Slower, but it works.
         self.mutation = True
-        return self._differentiate(x, sigma, **extra_args)
+        return self._differentiate(x, sigma, step, **extra_args)
 
-    def _differentiate(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        fast = self.guidance.gradient == "fast"
+    def _differentiate(self, x: Tensor, sigma: Tensor, step: Step, **extra_args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        noisy = self.guidance.loss.space == "noisy"
+        fast = self.guidance.gradient == "fast" or noisy
         with self.recording(mutation=self.mutation), torch.set_grad_enabled(not fast):
             x = x.detach().clone().requires_grad_(not fast)
             denoised = self.wrapped(x, sigma, **extra_args)
             if not fast and not denoised.requires_grad:
                 raise RuntimeError(_no_gradient("this model runs without gradients here"))
-            loss, gradient = self._loss(denoised.detach())
+            loss, gradient = self._noisy_loss(x, sigma, step) if noisy else self._loss(denoised.detach(), step)
             if not fast:
                 # In two steps, the second from a gradient of unit size: half precision would lose a weak loss.
                 size = gradient.flatten(1).square().mean(1).sqrt()
@@ -266,16 +299,20 @@ class _GuidedModel:
                 gradient = torch.autograd.grad(denoised, x, gradient / size)[0] * size
         return denoised.detach().clone(), loss, gradient
 
-    def _loss(self, denoised: Tensor) -> tuple[Tensor, Tensor]:
+    def _noisy_loss(self, x: Tensor, sigma: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """The same of a loss on x itself."""
+        with torch.enable_grad():
+            variable = x.detach().clone().requires_grad_()
+            scaled = self.model.model_sampling.calculate_input(sigma, variable)
+            return _with_gradient(self.guidance.loss(scaled, step), variable)
+
+    def _loss(self, denoised: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """The loss `[B]` and its gradient with respect to x̂₀ `[B, …]`: sample i gets the gradient of loss i."""
         with torch.enable_grad():
             variable = denoised.detach().clone().requires_grad_()
             latent = variable if self.guidance.decode is None else self.model.process_latent_out(variable)
-            loss = self.guidance.loss(latent if self.guidance.decode is None else self.guidance.decode(latent))
-            gradient = None
-            if loss.requires_grad:
-                (gradient,) = torch.autograd.grad(loss.sum(), variable, allow_unused=True)
-        return loss.detach(), torch.zeros_like(variable) if gradient is None else gradient
+            seen = latent if self.guidance.decode is None else self.guidance.decode(latent)
+            return _with_gradient(self.guidance.loss(seen, step), variable)
 
     def _free_coordinates(
         self, x: Tensor, sigma: Tensor, denoise_mask: Tensor | None = None, model_options: Any = None, **_: Any
@@ -315,7 +352,7 @@ class _GuidedModel:
             gradient, free = self.latest.gradient.to(noise), self.latest.free
             norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
             usable = norm.isfinite() & (norm > 0)
-            turned = on_sphere(noise, gradient, self.guidance.guidance_rate, free)
+            turned = on_sphere(noise, gradient, self.latest.guidance_rate, free)
             turned = torch.where(usable.reshape(-1, *[1] * (noise.ndim - 1)), turned, noise)
             self.trace.record(
                 self.latest.step, self.latest.sigma, sigma_next, self.latest.loss, norm, usable, turned, free
@@ -349,6 +386,23 @@ def _model_calls(wrapper: Callable[..., Tensor] | None) -> Callable[..., Tensor]
         return output
 
     return apply
+
+
+def _with_gradient(loss: Tensor, variable: Tensor) -> tuple[Tensor, Tensor]:
+    """`loss` `[B]` and its gradient with respect to `variable` `[B, …]`: zero where it does not depend on it."""
+    gradient = None
+    if loss.requires_grad:
+        (gradient,) = torch.autograd.grad(loss.sum(), variable, allow_unused=True)
+    return loss.detach(), torch.zeros_like(variable) if gradient is None else gradient
+
+
+def _progress(model_sampling: Any, sigma: float) -> float:
+    """The percent of the schedule at which it has `sigma`: `percent_to_sigma`, which falls, inverted by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(model_sampling.percent_to_sigma(middle)) > sigma else (low, middle)
+    return (low + high) / 2
 
 
 def _norm(x: Tensor) -> Tensor:

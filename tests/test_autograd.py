@@ -55,7 +55,7 @@ class Interrupted(BaseException):
 class Brightness(Loss):
     space = "latent"
 
-    def forward(self, latents):
+    def forward(self, latents, step=None):
         return latents.flatten(1).mean(1)
 
 

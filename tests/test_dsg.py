@@ -10,7 +10,7 @@ import gaussian_mixture
 import pytest
 import torch
 from sphereguide import host
-from sphereguide.losses.base import Loss
+from sphereguide.losses.base import Loss, Step
 from sphereguide.samplers.dsg import GRADIENTS, Guidance, guided, on_sphere
 from sphereguide.samplers.trace import GuidanceTrace
 from torch import Tensor
@@ -28,7 +28,7 @@ class Distance(Loss):
         super().__init__()
         self.register_buffer("targets", targets)
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, step: Step | None = None) -> Tensor:
         return torch.linalg.vector_norm((latents - self.targets.to(latents)).flatten(1), dim=1)
 
 
@@ -92,7 +92,7 @@ class Indifferent(Loss):
 
     space = "latent"
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, step: Step | None = None) -> Tensor:
         return torch.ones(len(latents))
 
 
@@ -364,7 +364,7 @@ def test_the_wrapper_keeps_options_and_shows_the_samplers_signature():
 class Broken(Distance):
     """NaN for the second sample."""
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, step: Step | None = None) -> Tensor:
         return super().forward(latents) * torch.tensor([1.0, float("nan"), 1.0])
 
 
@@ -436,7 +436,7 @@ def test_a_cfg_function_does_not_hide_a_model_without_gradients():
 def test_a_range_without_a_step_is_said(model, caplog):
     latent, trace = run(model, settings={"start_percent": 0.9999})
     assert trace.steps == [] and torch.equal(latent, unguided(model))
-    assert "no step of this run lies in the range" in caplog.text
+    assert "no step of this run lies where start_percent" in caplog.text
 
 
 def test_a_schedule_of_one_entry_returns_what_it_was_given(model):
@@ -465,7 +465,7 @@ def test_after_an_error_in_the_loss_the_model_is_as_it_was(model):
     class Raises(Loss):
         space = "latent"
 
-        def forward(self, latents):
+        def forward(self, latents, step=None):
             raise RuntimeError("boom")
 
     before = {name: (id(p), p.data_ptr()) for name, p in model.model.named_parameters()}

@@ -8,11 +8,27 @@ import comfy.sampler_helpers
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import gaussian_filter
-from sphereguide.losses.measurement import GaussianDeblur, Inpainting, SuperResolution, downsample, gaussian_blur
+from scipy.ndimage import convolve1d, gaussian_filter, rotate
+from sphereguide.losses.measurement import (
+    GaussianDeblur,
+    Inpainting,
+    LowPass,
+    MotionDeblur,
+    SuperResolution,
+    downsample,
+    gaussian_blur,
+    low_pass,
+    motion_blur,
+)
 from sphereguide.nodes import NODE_CLASS_MAPPINGS
 from sphereguide.nodes.degrade import DegradeImage
-from sphereguide.nodes.measurement import GaussianDeblurLoss, InpaintingLoss, SuperResolutionLoss
+from sphereguide.nodes.measurement import (
+    GaussianDeblurLoss,
+    InpaintingLoss,
+    LowPassLoss,
+    MotionDeblurLoss,
+    SuperResolutionLoss,
+)
 
 
 @pytest.fixture
@@ -24,6 +40,8 @@ LOSSES = {
     "inpainting": lambda y: Inpainting(y, torch.zeros(1, 1, *y.shape[-2:])),
     "super-resolution": lambda y: SuperResolution(downsample(y, 4), 4),
     "gaussian blur": lambda y: GaussianDeblur(gaussian_blur(y, 21, 2.0), 21, 2.0),
+    "motion blur": lambda y: MotionDeblur(motion_blur(y, 7.0, 30.0), 7.0, 30.0),
+    "low pass": lambda y: LowPass(y, 4),
 }
 
 
@@ -40,6 +58,48 @@ def test_blur_too_wide_for_the_image_says_what_fits():
     with pytest.raises(ValueError, match=r"kernel_size 61 .* 16×16 pixels.* at most 31"):
         gaussian_blur(torch.rand(1, 3, 16, 16), 61, 3.0)
     gaussian_blur(torch.rand(1, 3, 16, 16), 31, 3.0)
+
+
+def test_motion_along_an_axis_is_a_running_mean_along_it(images):
+    ours = motion_blur(images.double(), 7.0, 0.0).numpy()
+    np.testing.assert_allclose(ours, convolve1d(images.double().numpy(), np.full(7, 1 / 7), axis=3, mode="mirror"))
+    upright = motion_blur(images.double().mT.contiguous(), 7.0, 90.0).mT.numpy()
+    np.testing.assert_allclose(upright, ours, atol=1e-12)
+
+
+def test_motion_at_an_angle_is_the_rotated_line():
+    point = torch.zeros(1, 1, 41, 41)
+    point[..., 20, 20] = 1
+    line = motion_blur(point, 21.0, 30.0)[0, 0].numpy()
+    turned_back = rotate(line, -30, reshape=False, order=1)  # scipy turns clockwise, with rows counted downwards
+    assert math.isclose(line.sum(), 1, rel_tol=1e-5)
+    assert turned_back[19:22, 9:32].sum() > 0.97
+    assert (
+        motion_blur(point, 21.0, 30.0)[0, 0, 14:18, 24:29].sum()
+        > motion_blur(point, 21.0, -30.0)[0, 0, 14:18, 24:29].sum()
+    )
+
+
+def test_motion_too_long_for_the_image_says_what_fits():
+    with pytest.raises(ValueError, match=r"40 pixels is too long .* 16×16 pixels.* at most 30"):
+        motion_blur(torch.rand(1, 3, 16, 16), 40.0, 0.0)
+    motion_blur(torch.rand(1, 3, 16, 16), 30.0, 0.0)
+
+
+def test_low_pass_keeps_a_gradient_of_grey_and_loses_a_fine_pattern(images):
+    ramp = torch.linspace(0, 1, 64).expand(1, 1, 64, 64)
+    assert (low_pass(ramp, 4) - ramp)[..., 8:-8].abs().max() < 0.01
+    x = torch.arange(64)
+    fine = ((x[:, None] + x) % 2).float().expand(1, 1, 64, 64)
+    assert (low_pass(fine, 4) - 0.5).abs().max() < 0.01
+
+
+def test_low_pass_loss_is_the_distance_of_the_low_passes_and_takes_a_reference_of_any_size(images):
+    estimate = torch.rand_like(images)
+    expected = [(low_pass(images, 8) - low_pass(estimate, 8))[i].norm() for i in range(2)]
+    torch.testing.assert_close(LowPass(images, 8)(estimate), torch.stack(expected))
+    grey = LowPass(torch.full((1, 3, 9, 7), 0.4), 8)
+    torch.testing.assert_close(grey(torch.full((1, 3, 32, 48), 0.4)), torch.zeros(1), atol=1e-5, rtol=0)
 
 
 def test_downsampling_is_antialiased(images):
@@ -107,7 +167,7 @@ def test_the_gradient_is_that_of_finite_differences(images, name):
     torch.testing.assert_close((gradient * direction).flatten(1).sum(1), numeric, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "low pass"])
 def test_an_image_of_another_size_than_the_latent_is_refused_with_both_sizes(images, name):
     with pytest.raises(ValueError, match=r"\d+×\d+ pixels, where this latent calls for \d+×\d+"):
         LOSSES[name](images)(torch.rand(1, 3, 64, 64))
@@ -141,6 +201,10 @@ def test_degraded_image_and_loss_node_fit(image):
     assert SuperResolutionLoss().make(small, 4)[0](exact).abs().max() == 0
     blurred, _ = degrade(image, "gaussian blur")
     assert GaussianDeblurLoss().make(blurred, 21, 2.0)[0](exact).abs().max() == 0
+    moved, _ = degrade(image, "motion blur", length=9.0, angle=40.0)
+    assert not torch.equal(moved, image)
+    assert MotionDeblurLoss().make(moved, 9.0, 40.0)[0](exact).abs().max() == 0
+    assert LowPassLoss().make(image, 8)[0](exact).abs().max() == 0
 
 
 def test_mask_fraction_is_the_share_of_missing_pixels(image):

@@ -1,0 +1,100 @@
+"""Auxiliary networks under ComfyUI's model management."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import folder_paths
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+__all__ = ["choices", "load_weights", "managed", "models_folder", "needs", "path_of"]
+
+
+def managed(module: nn.Module) -> Any:
+    """A ModelPatcher over `module` (frozen, in evaluation mode): ComfyUI counts, moves and evicts it like its own."""
+    module.eval().requires_grad_(False)
+    management = comfy.model_management
+    return comfy.model_patcher.ModelPatcher(
+        module, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
+    )
+
+
+def models_folder(name: str) -> None:
+    """Register `models/<name>`, and make it, so that people find where to put their files."""
+    folder = Path(folder_paths.models_dir) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    paths, extensions = folder_paths.folder_names_and_paths.get(name, ([], set()))
+    if str(folder) not in paths:
+        paths = [*paths, str(folder)]
+    extensions = {*extensions, *folder_paths.supported_pt_extensions}
+    folder_paths.folder_names_and_paths[name] = (paths, extensions)
+
+
+def choices(name: str, contains: str = "config.json") -> list[str]:
+    """What lies under `models/<name>`: weights files, and folders (with a `/` behind them) that hold `contains`."""
+    found = set()
+    for root in map(Path, folder_paths.get_folder_paths(name)):
+        folders = sorted(path.parent for path in root.glob(f"**/{contains}") if path.parent != root)
+        found |= {f"{folder.relative_to(root).as_posix()}/" for folder in folders}
+        for path in root.glob("**/*"):
+            inside = any(folder in path.parents for folder in folders)
+            if path.suffix in folder_paths.supported_pt_extensions and not inside:
+                found.add(path.relative_to(root).as_posix())
+    return sorted(found)
+
+
+def path_of(name: str, choice: str, title: str) -> Path:
+    """The file or folder that `choice` of `choices(name)` stands for.
+
+    Raises FileNotFoundError, for the node of that title, if it is gone, and ValueError for one outside of the folder.
+    """
+    for root in map(Path, folder_paths.get_folder_paths(name)):
+        path = (root / choice).resolve()
+        if root.resolve() not in path.parents:
+            raise ValueError(f"{title}: '{choice}' lies outside of models/{name}.")
+        if path.exists():
+            return path
+    places = ", ".join(folder_paths.get_folder_paths(name))
+    raise FileNotFoundError(f"{title}: '{choice}' is not in models/{name} (looked in {places}).")
+
+
+def load_weights(path: Path, title: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of a .pt/.pth file, which is read without running code.
+
+    Raises ValueError, for the node of that title, for a file that is damaged or holds anything else.
+    """
+    try:
+        if path.suffix in (".safetensors", ".sft"):
+            return load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{title}: {path} is broken or holds more than weights, and is not read, since that could run code. Save "
+            f"its state_dict, best as .safetensors. ({error})"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{title}: {path} can't be read, it may be a broken download. ({error})") from error
+    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else weights
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"{title}: {path} holds no weights by name (a state_dict), but {type(weights).__name__}.")
+    return weights
+
+
+def needs(package: str, install: str, title: str) -> ModuleType:
+    """Import an optional package. Raises ImportError, for the node of that title, with the command that installs it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(
+            f"{title} needs the Python package {package}, which can't be imported ({error}). Install it into the "
+            f"Python that runs ComfyUI:  {install}"
+        ) from error

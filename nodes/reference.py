@@ -1,0 +1,78 @@
+"""ILVR: sampling with the coarse structure of a reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.samplers
+
+from ..samplers.ilvr import referenced
+
+
+class ILVRReference:
+    DESCRIPTION = (
+        "Makes a sampler follow the coarse structure and colours of a reference latent, and leaves the rest to the "
+        "model. Works with every sampler, and costs nothing. ILVR, Choi et al., ICCV 2021, arXiv 2108.02938."
+    )
+    CATEGORY = "SphereGuide/guidance"
+    FUNCTION = "refer"
+    RETURN_TYPES = ("SAMPLER",)
+    RETURN_NAMES = ("sampler",)
+    OUTPUT_TOOLTIPS = ("For SamplerCustom or SamplerCustomAdvanced, or for DSG Guidance.",)
+    SEARCH_ALIASES = ["ilvr", "reference", "img2img", "low frequency", "composition", "structure"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        percent = {"min": 0.0, "max": 1.0, "step": 0.001}
+        return {
+            "required": {
+                "sampler": ("SAMPLER", {"tooltip": "Any sampler. To guide it as well, put DSG Guidance behind."}),
+                "reference": ("LATENT", {"tooltip": "The reference picture, encoded by the model's VAE."}),
+                "factor": (
+                    "INT",
+                    {
+                        "default": 4,
+                        "min": 2,
+                        "max": 64,
+                        "tooltip": (
+                            "N, in latent pixels (8 image pixels each): what is finer is free. 2 stays close to the "
+                            "reference, 16 keeps its colours only."
+                        ),
+                    },
+                ),
+                "start_percent": (
+                    "FLOAT",
+                    {"default": 0.0, **percent, "tooltip": "Where the reference begins to count; 0 is pure noise."},
+                ),
+                "end_percent": (
+                    "FLOAT",
+                    {
+                        "default": 0.8,
+                        **percent,
+                        "tooltip": (
+                            "Where it ends; 1 is the finished image. Earlier lets the model fit the details together."
+                        ),
+                    },
+                ),
+            }
+        }
+
+    def refer(
+        self,
+        sampler: comfy.samplers.KSAMPLER,
+        reference: dict[str, Any],
+        factor: int,
+        start_percent: float,
+        end_percent: float,
+    ) -> tuple[comfy.samplers.KSAMPLER]:
+        if not hasattr(sampler, "sampler_function"):
+            raise ValueError(f"ILVR Reference: this sampler ({type(sampler).__name__}) does not show how it samples.")
+        if start_percent >= end_percent:
+            raise ValueError(
+                f"ILVR Reference: start_percent ({start_percent}) is not before end_percent ({end_percent}), so the "
+                "reference would never count. Lower the one or raise the other."
+            )
+        return (referenced(sampler, reference["samples"], factor, start_percent, end_percent),)
+
+
+NODES = {"SphereGuideILVR": (ILVRReference, "ILVR Reference")}

@@ -1,0 +1,119 @@
+"""ILVR: Iterative Latent Variable Refinement (Choi et al., ICCV 2021, arXiv 2108.02938), for any sampler.
+
+After each step the low frequencies of the state x' are replaced by those of the reference, noised to the same level:
+
+    x = x' + φ_N(y_t) − φ_N(x'),    y_t ~ q(y_t | y)            eq. 8; φ_N scales down and up by N
+
+A sampler asks the model about its state, so the state is refined where it arrives there: in place, at each call whose
+sigma is an entry of the schedule. So multistep samplers keep their history.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import comfy.samplers
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import host
+from ..losses.measurement import low_pass
+
+__all__ = ["ReferencedModel", "referenced"]
+
+
+def referenced(
+    sampler: comfy.samplers.KSAMPLER, reference: Tensor, factor: int, start_percent: float, end_percent: float
+) -> comfy.samplers.KSAMPLER:
+    """`sampler` with ILVR.
+
+    reference  latents `[R, C, h, w]` as ComfyUI passes them between nodes, resized to the latent that is sampled;
+               sample i has reference i mod R
+    factor     N, in latent pixels, ≥ 2
+
+    The noise of y_t depends on the seed of the run and on the step alone. With `end_percent` 1 the result itself is
+    refined too. A sampler that is
+    guided already hides its state: running it raises ValueError.
+    """
+    function = sampler.sampler_function
+
+    def sample(
+        model: Any,
+        x: Tensor,
+        sigmas: Tensor,
+        extra_args: dict[str, Any] | None = None,
+        callback: Callable[[dict[str, Any]], None] | None = None,
+        disable: bool | None = None,
+        **options: Any,
+    ) -> Tensor:
+        seed = (extra_args or {}).get("seed") or 0
+        model = ReferencedModel(model, x, sigmas, reference, factor, start_percent, end_percent, seed)
+        x = function(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable, **options)
+        return model.refined(x, len(sigmas) - 1) if end_percent >= 1 else x
+
+    functools.update_wrapper(sample, function)
+    return comfy.samplers.KSAMPLER(sample, dict(sampler.extra_options), dict(sampler.inpaint_options))
+
+
+class ReferencedModel:
+    """A sampler's model that refines the state that it is asked about. See `referenced`."""
+
+    def __init__(
+        self,
+        model: Any,
+        x: Tensor,
+        sigmas: Tensor,
+        reference: Tensor,
+        factor: int,
+        start_percent: float,
+        end_percent: float,
+        seed: int,
+    ) -> None:
+        self.wrapped = model
+        self.schedule: list[float] = sigmas.tolist()
+        self.factor = factor
+        self.seed = seed
+        base_model = host.base_model(model)
+        self.model_sampling = base_model.model_sampling
+        self.sigma_start = float(self.model_sampling.percent_to_sigma(start_percent))
+        self.sigma_end = float(self.model_sampling.percent_to_sigma(end_percent))
+        reference = base_model.process_latent_in(reference.to(x))
+        if reference.shape[1:-2] != x.shape[1:-2]:
+            raise ValueError(
+                f"ILVR Reference: the reference latent is of shape {list(reference.shape)}, the sampled one of shape "
+                f"{list(x.shape)}. Encode the reference with this model's VAE, with as many frames."
+            )
+        frames = reference.reshape(-1, *reference.shape[-3:])
+        if frames.shape[-2:] != x.shape[-2:]:
+            frames = F.interpolate(frames, size=x.shape[-2:], mode="bicubic", antialias=True)
+        reference = frames.reshape(*reference.shape[:-2], *x.shape[-2:])
+        self.reference = reference[torch.arange(len(x), device=x.device) % len(reference)]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.wrapped, name)
+
+    def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        level = float(sigma.max())
+        if self.sigma_end <= level <= self.sigma_start:
+            entries = (i for i, s in enumerate(self.schedule) if i and math.isclose(s, level, rel_tol=1e-4))
+            step = next(entries, None)
+            if step is not None:
+                x.copy_(self.refined(x, step))
+        return self.wrapped(x, sigma, **extra_args)
+
+    def refined(self, x: Tensor, step: int) -> Tensor:
+        """x with the low frequencies of the reference, noised to the level of that entry of the schedule."""
+        sigma = torch.as_tensor(self.schedule[step], device=x.device, dtype=x.dtype)
+        y = self.reference
+        if self.schedule[step] > 0:
+            state = np.random.SeedSequence([self.seed, step]).generate_state(1, np.uint64)[0]
+            generator = torch.Generator().manual_seed(int(state) % 2**63)
+            noise = torch.randn(x.shape, generator=generator).to(x)
+            y = self.model_sampling.noise_scaling(sigma, noise, y)
+        change = (y - x).reshape(-1, *x.shape[-3:])
+        return x + low_pass(change, self.factor).reshape(x.shape)
