@@ -30,6 +30,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 EMBEDDED_HOST = "comfyui==0.0.1"
+# It works with torch, numpy and Pillow of today, and asks for those of 2024: installed without its dependencies.
+FACENET = "facenet-pytorch==2.6.0"
 EMBEDDED_PYTHONS = ((3, 10), (3, 12))  # first and last
 BENCHMARKS = ("guidance", "epsilon_scaling", "amed", "cost")
 # Of a checkout's requirements, the ones that quickstart installs itself. torchaudio goes in without its dependencies:
@@ -133,10 +135,10 @@ def prepare(checkout: Path | None) -> Path:
     common = (ROOT / "requirements-dev.txt").read_text(encoding="utf-8")
     if checkout:
         host = filter_requirements((checkout / "requirements.txt").read_text(encoding="utf-8"))
-        unresolved = ["torchaudio"]
+        unresolved = ["torchaudio", FACENET]
     else:
         host = (ROOT / "requirements-host.txt").read_text(encoding="utf-8")
-        unresolved = [EMBEDDED_HOST]
+        unresolved = [EMBEDDED_HOST, FACENET]
     wanted = fingerprint([common, host, *unresolved])
     python = python_of(venv)
     found = stamp.read_text(encoding="utf-8") if stamp.is_file() and python.exists() else ""
@@ -161,7 +163,7 @@ def prepare(checkout: Path | None) -> Path:
         # torch again, so that no requirement of the host moves it
         pins = [line for line in common.splitlines() if line.startswith(("torch==", "torchvision=="))]
         install(python, log, [*torch_source, "-r", str(listed), *pins])
-    with phase(f"Installing {unresolved[0]}", typical=10):
+    with phase(f"Installing {' and '.join(unresolved)}", typical=10):
         install(python, log, ["--no-deps", *torch_source, *unresolved])
     stamp.write_text(wanted, encoding="utf-8")
     log.unlink()
