@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -10,22 +11,34 @@ from torch import Tensor, nn
 __all__ = ["Loss", "Step"]
 
 
-@dataclass(frozen=True)
 class Step:
     """The sampling step that asks, for the losses that depend on it.
 
     index     in the sampler's schedule, from 0
-    progress  through the model's noise schedule, 0 at pure noise and 1 at the image: what start_percent counts in
+    progress  through the model's noise schedule, 0 at pure noise and 1 at the image: what start_percent counts in. May
+              be given as a function, which is called when a loss asks.
     seed      of the run
     timestep  `[B]`, what the model is told of the noise level (for losses on noisy latents)
     memory    what losses remember within a run, by loss: empty when a run begins, so that the losses stay stateless
     """
 
-    index: int = 0
-    progress: float = 0.0
-    seed: int = 0
-    timestep: Tensor | None = None
-    memory: dict[Any, Any] = field(default_factory=dict)
+    def __init__(
+        self,
+        index: int = 0,
+        progress: float | Callable[[], float] = 0.0,
+        seed: int = 0,
+        timestep: Tensor | None = None,
+        memory: dict[Any, Any] | None = None,
+    ) -> None:
+        self.index = index
+        self.seed = seed
+        self.timestep = timestep
+        self.memory: dict[Any, Any] = {} if memory is None else memory
+        self._progress = progress
+
+    @functools.cached_property
+    def progress(self) -> float:
+        return self._progress() if callable(self._progress) else self._progress
 
 
 class Loss(nn.Module):

@@ -266,9 +266,9 @@ class _GuidedModel:
         sampling = self.model.model_sampling
         return Step(
             index=self.step,
-            progress=_progress(sampling, float(sigma.max())),
+            progress=lambda: _progress(sampling, float(sigma.max())),
             seed=self.seed,
-            timestep=sampling.timestep(sigma),
+            timestep=sampling.timestep(sigma) if self.guidance.loss.space == "noisy" else None,
             memory=self.memory,
         )
 
