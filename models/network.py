@@ -32,11 +32,10 @@ def models_folder(name: str) -> None:
     """Register `models/<name>`, and make it, so that people find where to put their files."""
     folder = Path(folder_paths.models_dir) / name
     folder.mkdir(parents=True, exist_ok=True)
-    paths, extensions = folder_paths.folder_names_and_paths.get(name, ([], set()))
-    if str(folder) not in paths:
-        paths = [*paths, str(folder)]
-    extensions = {*extensions, *folder_paths.supported_pt_extensions}
-    folder_paths.folder_names_and_paths[name] = (paths, extensions)
+    registry = folder_paths.folder_names_and_paths  # not a dict on every host
+    paths, extensions = registry[name] if name in registry else ([], set())
+    paths = [*dict.fromkeys((*paths, str(folder)))]
+    registry[name] = (paths, {*extensions, *folder_paths.supported_pt_extensions})
 
 
 def choices(name: str, contains: str = "config.json") -> list[str]:
