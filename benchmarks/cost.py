@@ -219,7 +219,7 @@ def models(quick: bool) -> Iterator[tuple[Bench, Decoder, int, int]]:
     yield Bench("toy portraits", toy, (77, context), 16, 7 if quick else 11), Decoder(vae), 16, 3 if quick else 15
     taesd = Decoder(tiny_models.TinyVAE())
     sd15 = tiny_models.sd15(**SD15_LAYOUT)
-    yield Bench("SD1.5 layout", sd15, (77, 768), 32, 3), taesd, 32, 1 if quick else 5
+    yield Bench("SD1.5 layout", sd15, (77, 768), 32, 3), taesd, 32, 1 if quick else 3
 
 
 def machine() -> dict[str, Any]:

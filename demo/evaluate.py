@@ -22,7 +22,8 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from . import portraits, toy_portraits
-from .train import CACHE, generator, host_on_cpu, images, learning_rate
+from .bootstrap import import_host
+from .train import CACHE, generator, images, learning_rate
 
 EYE_AREA = (120, 560)
 """A component of the class "eyes" counts as an eye within these areas, in px of 128x128 (real ones: 220 to 440)."""
@@ -208,7 +209,6 @@ def main() -> None:
     parser.add_argument("--grid", type=Path, default=Path(__file__).parent / "samples.jpg", help="the first 64 samples")
     parser.add_argument("--judges-only", action="store_true", help="train the judges and stop")
     args = parser.parse_args()
-    host_on_cpu()
     args.work.mkdir(parents=True, exist_ok=True)
     both = judges(args.work)
     if args.judges_only:
@@ -216,6 +216,7 @@ def main() -> None:
     seeds = portraits.TEST_SEEDS[: args.samples]
     people = [portraits.sample(seed) for seed in seeds]
     real = to_tensor(images(seeds, args.work))
+    import_host(cpu=True, pytorch_attention=True)  # behind the drawing, whose worker processes import this module
     restored, latents = reconstruction(real, args.weights)
     psnr = -10 * ((real - restored) ** 2).mean((1, 2, 3)).log10()
     texts = [portraits.caption(person, np.random.default_rng(seed)) for seed, person in zip(seeds, people, strict=True)]

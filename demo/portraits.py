@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import colorsys
 import functools
+import math
 import multiprocessing
 import os
 from dataclasses import dataclass, replace
@@ -71,6 +72,8 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 """Field of :class:`Portrait` -> its values."""
 
 SKINS = ((255, 224, 200), (247, 205, 172), (233, 182, 140), (206, 148, 105), (178, 122, 86), (140, 94, 68))
+LIPS = ((182, 30, 56), (110, 10, 40), (255, 134, 130))
+"""A mouth has the first that stands out from the skin: at an RGB distance of 120 from it."""
 EYES = ((88, 58, 40), (62, 104, 168), (70, 128, 84), (120, 92, 52))
 
 PALETTE = {
@@ -645,11 +648,11 @@ def _face(c: _Canvas, p: Portrait, skin: Color, shade: Color, ink: Color, brow: 
 
     # mouth
     m, my = f.mouth_width, f.face_height * 0.60 + 1.5
-    lips = (196, 54, 70) if sum(skin) > 400 else (244, 128, 122)
+    lips = max(LIPS, key=lambda color: min(math.dist(color, skin), 120))
     if e == "smiling":
         c.line(
-            _curve([(-m, my - 2.5), (-m * 0.5, my + 2.6), (0, my + 4), (m * 0.5, my + 2.6), (m, my - 2.5)], 6),
-            3.8,
+            _curve([(-m, my - 3), (-m * 0.5, my + 2.6), (0, my + 4), (m * 0.5, my + 2.6), (m, my - 3)], 6),
+            5.4,
             lips,
             "mouth",
         )
@@ -679,13 +682,13 @@ def _face(c: _Canvas, p: Portrait, skin: Color, shade: Color, ink: Color, brow: 
             outline=False,
         )
     elif e == "serious":
-        c.line(np.array([(-m * 0.85, my + 1), (m * 0.85, my + 1)]), 4.0, lips, "mouth")
+        c.line(np.array([(-m * 0.85, my + 1), (m * 0.85, my + 1)]), 5.6, lips, "mouth")
     elif e == "sad":
         c.line(
             _curve(
                 [(-m * 0.9, my + 5), (-m * 0.45, my + 0.6), (0, my - 0.8), (m * 0.45, my + 0.6), (m * 0.9, my + 5)], 6
             ),
-            3.8,
+            5.4,
             lips,
             "mouth",
         )

@@ -2,6 +2,7 @@
 
     python -m demo.train vae      --work DIR     # autoencoder, TAESD layout
     python -m demo.train latents  --work DIR     # encodes the training portraits, once
+    python -m demo.train decoder  --work DIR     # the decoder once more, the encoder and so the latents fixed
     python -m demo.train unet     --work DIR     # text encoder and U-Net, jointly
     python -m demo.train export   --work DIR     # fp16 safetensors
     python -m demo.evaluate       --work DIR     # the table of MODEL_CARD.md
@@ -26,9 +27,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import portraits
+from .bootstrap import import_host
 
 CACHE = Path(__file__).parent / "cache"
 TRAIN_SIZE = 16384
@@ -140,6 +143,8 @@ def fit(
         decay = min(args.ema, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(modules.parameters()), 1 - decay)
+            for kept, current in zip(average.buffers(), modules.buffers(), strict=True):
+                kept.copy_(current)
         if rank:
             continue
         for key, term in (terms | {"loss": float(value.detach()), "grad_norm": float(norm)}).items():
@@ -174,6 +179,10 @@ def compiled(args: argparse.Namespace, module: nn.Module) -> Callable:
 # ------------------------------------------------------------------------------------------------------------ VAE
 
 
+MOUTH_WEIGHT = 2.0
+"""A mouth is a hundredth of a portrait, and what the decoder gives up first."""
+
+
 def initialise_vae(vae: nn.Module) -> None:
     """He initialisation; the last convolution of every residual block starts at a tenth of it."""
     for module in vae.modules():
@@ -198,9 +207,14 @@ def train_vae(args: argparse.Namespace) -> None:
     """Reconstruction of 64x64 crops: L1 + 5 MSE + L1 of edges, plus a penalty that keeps latents near unit variance."""
     import comfy.taesd.taesd
 
+    from . import toy_portraits
+
     torch.manual_seed(args.seed)
     vae = comfy.taesd.taesd.TAESD()
     initialise_vae(vae)
+    if args.init:
+        weights = load_file(args.init / toy_portraits.VAE_FILE)
+        vae.load_state_dict({name: weights[name].float() for name in vae.state_dict()})
     for name, p in vae.named_parameters():
         p.requires_grad_(name not in ("vae_scale", "vae_shift"))
     vae.to(memory_format=torch.channels_last)
@@ -237,9 +251,60 @@ def train_vae(args: argparse.Namespace) -> None:
     fit(args, "vae", vae, loss, validate, is_hidden, weight_decay=0.0)
 
 
+def train_decoder(args: argparse.Namespace) -> None:
+    """The decoder alone, on 8x8 crops of the latents that the U-Net learns from: they stay what they are."""
+    import comfy.taesd.taesd
+
+    torch.manual_seed(args.seed)
+    vae = comfy.taesd.taesd.TAESD()
+    weights = normalised_vae(args)
+    vae.load_state_dict({name: weights[name].float() for name in vae.state_dict()})
+    for name, p in vae.named_parameters():
+        p.requires_grad_(name.startswith("taesd_decoder"))
+    vae.to(memory_format=torch.channels_last)
+    decode = compiled(args, vae.taesd_decoder)
+    data = portraits.dataset(portraits.TRAIN_SEEDS[:TRAIN_SIZE], args.work / "data")
+    latents, held_out = np.load(args.work / "latents.npy"), np.load(args.work / "held_out.npy")
+    pixels = images(portraits.VALIDATION_SEEDS[:VALIDATION_SIZE], args.work)
+    mouth = portraits.CLASSES.index("mouth")
+    batch = args.batch // args.workers
+
+    def loss(step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        index = torch.randint(len(latents), (batch,), generator=rng).tolist()
+        corners = (torch.randint(0, 9, (batch, 2), generator=rng)).tolist()
+        places = list(zip(index, corners, strict=True))
+        z = torch.from_numpy(np.stack([latents[i, :, y : y + 8, x : x + 8] for i, (y, x) in places]))
+
+        def crops(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(
+                np.stack([array[i, 8 * y : 8 * y + 64, 8 * x : 8 * x + 64] for i, (y, x) in places])
+            )
+
+        target = crops(data["images"]).permute(0, 3, 1, 2).float().div_(255)
+        weight = 1 + (MOUTH_WEIGHT - 1) * (crops(data["classes"]) == mouth)[:, None].float()
+        output = decode(z)
+        difference = output - target
+        mse, l1 = (weight * difference**2).mean(), (weight * difference.abs()).mean()
+        edge = sum(F.l1_loss(a, b) for a, b in zip(edges(output), edges(target), strict=True))
+        return l1 + 5 * mse + 0.5 * edge, {"mse": float(difference.detach().square().mean())}
+
+    def validate(average: nn.Module) -> dict[str, float]:
+        x = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).float().div(255)
+        with torch.no_grad():
+            y = torch.cat([average.taesd_decoder(z).clamp(0, 1) for z in torch.from_numpy(held_out).split(8)])
+        return {"psnr": float((-10 * ((x - y) ** 2).mean((1, 2, 3)).log10()).mean())}
+
+    def is_hidden(name: str, p: nn.Parameter) -> bool:
+        return p.ndim == 4 and p.shape[0] == p.shape[1]
+
+    fit(args, "decoder", vae, loss, validate, is_hidden, weight_decay=0.0)
+
+
 def normalised_vae(args: argparse.Namespace) -> dict[str, Tensor]:
-    """The averaged autoencoder in fp16, as it ships."""
+    """The averaged autoencoder in fp16, as it ships: with the decoder that was trained on, if there is one."""
     state = torch.load(args.work / "vae.pt", weights_only=True)["average"]
+    if args.command == "export" and (args.work / "decoder.pt").exists():
+        state |= torch.load(args.work / "decoder.pt", weights_only=True)["average"]
     state.setdefault("vae_shift", torch.tensor(0.0))  # hosts of 2024 have no such parameter
     return {name: tensor.half().contiguous() for name, tensor in state.items()}
 
@@ -338,11 +403,19 @@ UNKNOWN = 0.02  # words replaced by the unknown token, so that it is harmless
 
 def train_unet(args: argparse.Namespace) -> None:
     """Noise prediction on latents, min-SNR weights with gamma 5 (arXiv 2303.09556), captions reworded every time."""
+    from . import toy_portraits
+
     torch.manual_seed(args.seed)
     modules, sampling = build_unet()
     initialise_unet(modules["unet"])
     with torch.no_grad():
         initialise_text(modules["text"])
+    if args.init:
+        unet = load_file(args.init / toy_portraits.UNET_FILE)
+        text = load_file(args.init / toy_portraits.CLIP_FILE)
+        prefix = "clip_l.transformer."
+        modules["unet"].load_state_dict({k: v.float() for k, v in unet.items() if not k.startswith("latent_rgb")})
+        modules["text"].load_state_dict({k[len(prefix) :]: v.float() for k, v in text.items() if k.startswith(prefix)})
     unet, text = compiled(args, modules["unet"]), modules["text"]
     train, held_out = np.load(args.work / "latents.npy"), torch.from_numpy(np.load(args.work / "held_out.npy"))
     seeds = portraits.TRAIN_SEEDS[:LATENT_SIZE]
@@ -389,9 +462,11 @@ def train_unet(args: argparse.Namespace) -> None:
             p.ndim > 1 and "embedding" not in name and name not in ("unet.input_blocks.0.0.weight", "unet.out.2.weight")
         )
 
-    # Comfy's layers add to activations in place, which is legal for autograd in this context only.
-    with torch.autograd.graph.allow_mutation_on_saved_tensors():
-        fit(args, "unet", modules, loss, validate, is_hidden, weight_decay=0.01)
+    # Comfy's blocks add to activations in place, behind norms that autograd keeps them for: each norm gets a copy.
+    for module in modules.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(),))
+    fit(args, "unet", modules, loss, validate, is_hidden, weight_decay=0.01)
 
 
 def rgb_factors(work: Path) -> tuple[Tensor, Tensor]:
@@ -441,19 +516,10 @@ def work(rank: int, args: argparse.Namespace) -> None:
     COMMANDS[args.command](args)
 
 
-def host_on_cpu() -> None:
-    """Keep ComfyUI from reading this program's command line, and on the CPU, with torch's attention (twice as fast)."""
-    import comfy.options
-
-    comfy.options.args_parsing = False
-    from comfy.cli_args import args
-
-    args.cpu = args.use_pytorch_cross_attention = True
-
-
-COMMANDS = {"vae": train_vae, "latents": encode_latents, "unet": train_unet, "export": export}
+COMMANDS = {"vae": train_vae, "latents": encode_latents, "decoder": train_decoder, "unet": train_unet, "export": export}
 DEFAULTS = {
     "vae": {"steps": 2200, "batch": 12, "lr": 1.2e-3, "muon": 2.0, "ema": 0.995},
+    "decoder": {"steps": 900, "batch": 12, "lr": 5e-4, "muon": 2.0, "ema": 0.99},
     "unet": {"steps": 3000, "batch": 16, "lr": 1e-3, "muon": 1.5, "ema": 0.998},
 }
 
@@ -462,6 +528,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--work", type=Path, default=CACHE, help="data, checkpoints and logs (default: demo/cache)")
+    parser.add_argument("--init", type=Path, help="folder of exported weights to go on from, instead of random ones")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int, help="samples a step, over all workers")
@@ -493,7 +560,7 @@ def main() -> None:
 
 
 def work_on_cpu(rank: int, args: argparse.Namespace) -> None:
-    host_on_cpu()
+    import_host(cpu=True, pytorch_attention=True)
     work(rank, args)
 
 

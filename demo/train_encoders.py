@@ -1,0 +1,410 @@
+"""Trains the toy encoders that the losses look through, on the generator's portraits alone. From the repository's root:
+
+    python -m demo.train_encoders clip   --work DIR      # open_clip: two towers, open_clip's own tokenizer
+    python -m demo.train_encoders seg    --work DIR      # SegFormer (transformers)
+    python -m demo.train_encoders face   --work DIR      # timm network, trained to tell identities apart
+    python -m demo.train_encoders export --work DIR      # folders in demo/weights that the loader nodes load
+    python -m demo.train_encoders card   --work DIR      # the figures of MODEL_CARD.md, on portraits never seen
+
+Runs resume like those of `demo.train`. The networks see softened portraits (blur and noise of random strength), since
+they will judge estimates in the middle of sampling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import portraits
+from .evaluate import mentioned, soften, to_tensor
+from .train import CACHE, fit
+
+SIZE = 16384
+"""Portraits of TRAIN_SEEDS that the open_clip model and the SegFormer learn from."""
+TEST = 512
+IDENTITIES = 1500
+VIEWS = 10
+"""Pictures of each identity that the face encoder learns from."""
+UNSEEN = 1_000_000
+"""The first identity that the verification test draws, far from those of the training."""
+FACE_BOX = (0.2, 0.26, 0.8, 0.86)
+"""Left, top, right and bottom of the face in a portrait, as shares of its sides: what the face encoder sees."""
+FACE_SIZE = 96
+
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+CLIP_CONFIG = {
+    "model_cfg": {
+        "embed_dim": 64,
+        "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 96, "layers": 4, "head_width": 32, "mlp_ratio": 4.0},
+        "text_cfg": {"context_length": 40, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3},
+    },
+    "preprocess_cfg": {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "squash"},
+}
+SEGFORMER = {
+    "depths": [1, 1, 1, 1],
+    "hidden_sizes": [16, 32, 48, 64],
+    "num_attention_heads": [1, 1, 2, 2],
+    "decoder_hidden_size": 64,
+    "drop_path_rate": 0.0,
+    "classifier_dropout_prob": 0.0,
+}
+FACE_MODEL = "test_resnet"
+
+
+def portraits_of(seeds: range, work: Path) -> dict[str, np.ndarray]:
+    return portraits.dataset(seeds, work / "data")
+
+
+def normalised(x: Tensor) -> Tensor:
+    return (x - MEAN[0]) / STD[0]
+
+
+def shrunk(x: Tensor, size: int) -> Tensor:
+    return F.interpolate(x, size=(size, size), mode="bicubic", antialias=True)
+
+
+def cutout(x: Tensor, rng: torch.Generator, smallest: float = 0.7) -> Tensor:
+    """One square of a random size and place, the same for the whole batch."""
+    side = int(x.shape[-1] * (smallest + (1 - smallest) * float(torch.rand((), generator=rng))))
+    top, left = (int(torch.randint(0, x.shape[-1] - side + 1, (), generator=rng)) for _ in range(2))
+    return x[..., top : top + side, left : left + side]
+
+
+def draws(step_generator: torch.Generator, count: int, batch: int) -> np.ndarray:
+    return np.sort(torch.randint(count, (batch,), generator=step_generator).numpy())
+
+
+# ------------------------------------------------------------------------------------------------------- open_clip
+
+
+def described(text: str, portrait: portraits.Portrait, labels: np.ndarray) -> np.ndarray:
+    """Which of the portraits with `labels` [N, attributes] the caption `text` of `portrait` is true of, [N] of bool."""
+    truth = portraits.labels(portrait)
+    fits = np.ones(len(labels), bool)
+    for column, name in enumerate(portraits.ATTRIBUTES):
+        if name not in mentioned(text, portrait):
+            continue
+        if name == "glasses" and truth[name] and f"{portrait.glasses} glasses" not in text:
+            fits &= labels[:, column] > 0
+        else:
+            fits &= labels[:, column] == truth[name]
+    return fits
+
+
+def build_clip() -> nn.Module:
+    import open_clip
+
+    return open_clip.CLIP(**CLIP_CONFIG["model_cfg"], output_dict=False)
+
+
+def tokenise(texts: list[str]) -> Tensor:
+    import open_clip
+
+    return open_clip.SimpleTokenizer(context_length=CLIP_CONFIG["model_cfg"]["text_cfg"]["context_length"])(texts)
+
+
+def train_clip(args: argparse.Namespace) -> None:
+    """Contrastive, with as many right answers as there are: a short caption is true of several portraits of a batch."""
+    torch.manual_seed(args.seed)
+    model = build_clip()
+    size = CLIP_CONFIG["model_cfg"]["vision_cfg"]["image_size"]
+    seeds = portraits.TRAIN_SEEDS[:SIZE]
+    data, held_out = portraits_of(seeds, args.work), portraits_of(portraits.VALIDATION_SEEDS[:256], args.work)
+    people = [portraits.sample(seed) for seed in portraits.VALIDATION_SEEDS[:256]]
+    full = tokenise([portraits.caption(person) for person in people])
+    batch = args.batch // args.workers
+
+    def loss(step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        index = draws(rng, len(seeds), batch)
+        words = np.random.default_rng([args.seed, step, args.rank])
+        people = [portraits.sample(seeds[i]) for i in index]
+        texts = [portraits.caption(person, words if words.random() < 0.85 else None) for person in people]
+        labels = data["labels"][index]
+        fits = np.stack([described(text, person, labels) for text, person in zip(texts, people, strict=True)], 1)
+        wanted = torch.from_numpy(fits).float()  # [image, text]
+        x = soften(to_tensor(data["images"][index]), rng)
+        x = normalised(shrunk(cutout(x, rng), size))
+        images, text, scale = model(x, tokenise(texts))
+        logits = scale * images @ text.T
+        rows = -(wanted / wanted.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
+        columns = -(wanted / wanted.sum(0, keepdim=True) * logits.log_softmax(0)).sum(0).mean()
+        return (rows + columns) / 2, {"scale": float(scale.detach())}
+
+    def validate(average: nn.Module) -> dict[str, float]:
+        average.eval()
+        with torch.no_grad():
+            images = average.encode_image(normalised(shrunk(to_tensor(held_out["images"]), size)), normalize=True)
+            text = average.encode_text(full, normalize=True)
+        return {"top1_of_256": float(((images @ text.T).argmax(1) == torch.arange(256)).float().mean())}
+
+    def is_hidden(name: str, p: nn.Parameter) -> bool:
+        return p.ndim == 2 and "embedding" not in name and "proj" not in name.split(".")[-1]
+
+    fit(args, "clip", model, loss, validate, is_hidden, weight_decay=0.02)
+
+
+# --------------------------------------------------------------------------------------------------- segmentation
+
+
+def build_segformer() -> nn.Module:
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    names = dict(enumerate(portraits.CLASSES))
+    return SegformerForSemanticSegmentation(
+        SegformerConfig(**SEGFORMER, id2label=names, label2id={name: i for i, name in names.items()})
+    )
+
+
+def class_logits(model: nn.Module, x: Tensor) -> Tensor:
+    """[B, classes, 128, 128] of images [B, 3, 128, 128] in 0..1."""
+    return F.interpolate(model(normalised(x)).logits, size=x.shape[-2:], mode="bilinear")
+
+
+def mean_iou(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Intersection over union of each class over all pictures, and their mean."""
+    result = {}
+    for i, name in enumerate(portraits.CLASSES):
+        both, either = ((predicted == i) & (truth == i)).sum(), ((predicted == i) | (truth == i)).sum()
+        result[name] = float(both / either)
+    return result | {"mean": float(np.mean(list(result.values())))}
+
+
+def train_segmenter(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
+    model = build_segformer()
+    seeds = portraits.TRAIN_SEEDS[:SIZE]
+    data, held_out = portraits_of(seeds, args.work), portraits_of(portraits.VALIDATION_SEEDS[:256], args.work)
+    batch = args.batch // args.workers
+
+    def loss(step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        index = draws(rng, len(seeds), batch)
+        logits = class_logits(model, soften(to_tensor(data["images"][index]), rng))
+        return F.cross_entropy(logits, torch.from_numpy(data["classes"][index].astype(np.int64))), {}
+
+    def validate(average: nn.Module) -> dict[str, float]:
+        average.eval()
+        with torch.no_grad():
+            parts = to_tensor(held_out["images"][:64]).split(16)
+            predicted = torch.cat([class_logits(average, part).argmax(1) for part in parts])
+        return {"miou": mean_iou(predicted.numpy(), held_out["classes"][:64])["mean"]}
+
+    fit(args, "seg", model, loss, validate, lambda name, p: p.ndim == 2, weight_decay=0.01)
+
+
+# ------------------------------------------------------------------------------------------------------------ face
+
+
+def build_face() -> nn.Module:
+    import timm
+
+    return timm.create_model(FACE_MODEL, num_classes=0)
+
+
+def face_crop(x: Tensor, rng: torch.Generator | None = None) -> Tensor:
+    """The face [B, 3, 96, 96] of portraits [B, 3, 128, 128]; with `rng` the box moves a little."""
+    left, top, right, bottom = (share * portraits.SIZE for share in FACE_BOX)
+    shift = (torch.rand(4, generator=rng) * 8 - 4).tolist() if rng is not None else [0.0] * 4
+    rows = slice(round(top + shift[0]), round(bottom + shift[1]))
+    columns = slice(round(left + shift[2]), round(right + shift[3]))
+    return shrunk(x[..., rows, columns], FACE_SIZE)
+
+
+def view(identity: int, number: int) -> np.ndarray:
+    """Picture `number` of a person: everything but the identity differs."""
+    return portraits.render(portraits.sample(identity * 1000 + number, identity=identity))
+
+
+def views(first: int, identities: int, count: int, work: Path) -> np.ndarray:
+    """uint8 [identities, count, 128, 128, 3], drawn once."""
+    path = work / "data" / f"faces-{first}-{identities}x{count}.npy"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with multiprocessing.get_context("spawn").Pool() as pool:
+            people = ((first + i, number) for i in range(identities) for number in range(count))
+            pictures = pool.starmap(view, people, chunksize=64)
+        np.save(path, np.stack(pictures).reshape(identities, count, portraits.SIZE, portraits.SIZE, 3))
+    return np.load(path, mmap_mode="r")
+
+
+def train_face(args: argparse.Namespace) -> None:
+    """ArcFace (Deng et al., arXiv 1801.07698): a softmax over identities with an angular margin."""
+    torch.manual_seed(args.seed)
+    encoder = build_face()
+    with torch.no_grad():
+        width = encoder(torch.zeros(2, 3, FACE_SIZE, FACE_SIZE)).shape[1]
+    centres = nn.Linear(width, IDENTITIES, bias=False)
+    model = nn.ModuleDict({"encoder": encoder, "centres": centres})
+    data, unseen = views(0, IDENTITIES, VIEWS, args.work), views(UNSEEN, 64, 4, args.work)
+    batch = args.batch // args.workers
+    margin, scale = 0.2, 24.0
+
+    def loss(step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        who, which = (torch.randint(n, (batch,), generator=rng) for n in (IDENTITIES, VIEWS))
+        x = soften(to_tensor(data[who.numpy(), which.numpy()]), rng)
+        cosine = F.linear(F.normalize(encoder(normalised(face_crop(x, rng)))), F.normalize(centres.weight))
+        angle = cosine.clamp(-1 + 1e-6, 1 - 1e-6).acos()
+        right = F.one_hot(who, IDENTITIES).bool()
+        logits = scale * torch.where(right, (angle + margin).clamp(max=math.pi), angle).cos()
+        return F.cross_entropy(logits, who), {"train_accuracy": float((cosine.argmax(1) == who).float().mean())}
+
+    def validate(average: nn.Module) -> dict[str, float]:
+        average.eval()
+        return {"auc": verification(average["encoder"], unseen)["auc"]}
+
+    fit(args, "face", model, loss, validate, lambda name, p: p.ndim == 4 and p.shape[1] > 3, weight_decay=0.01)
+
+
+@torch.no_grad()
+def verification(encoder: nn.Module, pictures: np.ndarray) -> dict[str, float]:
+    """Same person or not, for all pairs of `pictures` [identities, views, …]: ROC AUC, and acceptance at FAR 1 %."""
+    people, count = pictures.shape[:2]
+    x = to_tensor(np.asarray(pictures).reshape(-1, *pictures.shape[2:]))
+    embeddings = torch.cat([F.normalize(encoder(normalised(face_crop(part)))) for part in x.split(64)])
+    who = torch.arange(people).repeat_interleave(count)
+    i, j = torch.triu_indices(len(who), len(who), 1)
+    score, same = (embeddings @ embeddings.T)[i, j], who[i] == who[j]
+    ranks = torch.empty(len(score), dtype=torch.float64)
+    ranks[score.argsort()] = torch.arange(1, len(score) + 1, dtype=torch.float64)
+    positives, negatives = int(same.sum()), int((~same).sum())
+    auc = (float(ranks[same].sum()) - positives * (positives + 1) / 2) / (positives * negatives)
+    threshold = score[~same].sort().values[int(0.99 * negatives)]
+    return {
+        "auc": auc,
+        "accepted_at_far_1": float((score[same] > threshold).float().mean()),
+        "threshold": float(threshold),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- export, card
+
+
+def averaged(args: argparse.Namespace, name: str, model: nn.Module) -> nn.Module:
+    model.load_state_dict(torch.load(args.work / f"{name}.pt", weights_only=True)["average"])
+    return model.eval()
+
+
+def half(model: nn.Module) -> dict[str, Tensor]:
+    """fp16, but for integers."""
+    return {
+        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def export(args: argparse.Namespace) -> None:
+    """One folder for each loader node: models/open_clip, models/segmentation, models/face."""
+    clip = averaged(args, "clip", build_clip())
+    used = tokenise([portraits.caption(portraits.sample(s), np.random.default_rng(s)) for s in range(20_000)]).unique()
+    table = clip.token_embedding.weight
+    with torch.no_grad():
+        table[[i for i in range(len(table)) if i not in set(used.tolist())]] = 0  # words that it never saw say nothing
+    folder = args.out / "open_clip" / "toy_portraits"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(half(clip), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps(CLIP_CONFIG, indent=1) + "\n")
+
+    folder = args.out / "segmentation" / "toy_portraits"
+    averaged(args, "seg", build_segformer()).half().save_pretrained(folder)
+    size = {"height": portraits.SIZE, "width": portraits.SIZE}
+    preprocessor = {
+        "image_processor_type": "SegformerImageProcessor",
+        "size": size,
+        "image_mean": MEAN,
+        "image_std": STD,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=1) + "\n")
+
+    folder = args.out / "face" / "toy_portraits"
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad():
+        width = build_face()(torch.zeros(2, 3, FACE_SIZE, FACE_SIZE)).shape[1]
+    both = nn.ModuleDict({"encoder": build_face(), "centres": nn.Linear(width, IDENTITIES, bias=False)})
+    save_file(half(averaged(args, "face", both)["encoder"]), folder / "model.safetensors")
+    config = {
+        "architecture": FACE_MODEL,
+        "num_classes": 0,
+        "num_features": width,
+        "pretrained_cfg": {
+            "input_size": [3, FACE_SIZE, FACE_SIZE],
+            "mean": MEAN,
+            "std": STD,
+            "interpolation": "bicubic",
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    for path in sorted(args.out.glob("*/toy_portraits/*.safetensors")):
+        print(f"{path}  {path.stat().st_size / 1e6:.2f} MB")
+
+
+@torch.no_grad()
+def card(args: argparse.Namespace) -> None:
+    """Retrieval, mIoU and verification on portraits and identities that nothing was trained on."""
+    seeds = portraits.TEST_SEEDS[:TEST]
+    data = portraits_of(seeds, args.work)
+    clip = averaged(args, "clip", build_clip())
+    x = to_tensor(data["images"])
+    size = CLIP_CONFIG["model_cfg"]["vision_cfg"]["image_size"]
+    images = torch.cat([clip.encode_image(normalised(shrunk(part, size)), normalize=True) for part in x.split(64)])
+    text = clip.encode_text(tokenise([portraits.caption(portraits.sample(seed)) for seed in seeds]), normalize=True)
+    order = (images @ text.T).argsort(1, descending=True)
+    rank = (order == torch.arange(len(order))[:, None]).float().argmax(1)
+    segformer = averaged(args, "seg", build_segformer())
+    predicted = torch.cat([class_logits(segformer, part).argmax(1) for part in x.split(16)])
+    width = torch.load(args.work / "face.pt", weights_only=True)["average"]["centres.weight"].shape[1]
+    both = nn.ModuleDict({"encoder": build_face(), "centres": nn.Linear(width, IDENTITIES, bias=False)})
+    report = {
+        "n": TEST,
+        "retrieval": {f"top{k}": float((rank < k).float().mean()) for k in (1, 5)} | {"chance": 1 / TEST},
+        "iou": mean_iou(predicted.numpy(), data["classes"]),
+        "verification": verification(averaged(args, "face", both)["encoder"], views(UNSEEN + 64, 200, 5, args.work)),
+    }
+    (args.work / "encoders.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
+
+
+COMMANDS = {"clip": train_clip, "seg": train_segmenter, "face": train_face, "export": export, "card": card}
+DEFAULTS = {
+    "clip": {"steps": 3000, "batch": 64, "lr": 1e-3, "muon": 1.0, "ema": 0.998},
+    "seg": {"steps": 1500, "batch": 16, "lr": 2e-3, "muon": 0.0, "ema": 0.995},
+    "face": {"steps": 2500, "batch": 64, "lr": 2e-3, "muon": 0.0, "ema": 0.995},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("--work", type=Path, default=CACHE, help="data, checkpoints and logs (default: demo/cache)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--muon", type=float, help="learning rate of Muon, over Adam's; 0: Adam for all")
+    parser.add_argument("--ema", type=float, help="decay of the moving average")
+    parser.add_argument("--threads", type=int, default=0, help="threads (default: torch's choice)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="export: where to")
+    parser.add_argument("--log-every", type=int, default=50)
+    parser.add_argument("--validate-every", type=int, default=250)
+    parser.add_argument("--save-every", type=int, default=250)
+    args = parser.parse_args()
+    for name, value in DEFAULTS.get(args.command, {}).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.work.mkdir(parents=True, exist_ok=True)
+    args.rank, args.workers = 0, 1
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    COMMANDS[args.command](args)
+
+
+if __name__ == "__main__":
+    main()
