@@ -1,12 +1,15 @@
 """What ComfyUI sees: one module a family, each with its `NODES`."""
 
-from . import combine, degrade, demo, guidance, measurement, reference, report
+from . import clip, combine, degrade, demo, face, guidance, measurement, reference, report, style
 
 _NODES = {
     **guidance.NODES,
     **reference.NODES,
     **report.NODES,
     **measurement.NODES,
+    **clip.NODES,
+    **style.NODES,
+    **face.NODES,
     **combine.NODES,
     **degrade.NODES,
     **demo.NODES,
