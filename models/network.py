@@ -32,8 +32,8 @@ def models_folder(name: str) -> None:
     """Register `models/<name>`, and make it, so that people find where to put their files."""
     folder = Path(folder_paths.models_dir) / name
     folder.mkdir(parents=True, exist_ok=True)
-    registry = folder_paths.folder_names_and_paths  # not a dict on every host
-    paths, extensions = registry[name] if name in registry else ([], set())
+    registry = folder_paths.folder_names_and_paths
+    paths, extensions = registry[name] if name in registry else ([], set())  # noqa: SIM401 (no dict in 2024: no `get`)
     paths = [*dict.fromkeys((*paths, str(folder)))]
     registry[name] = (paths, {*extensions, *folder_paths.supported_pt_extensions})
 

@@ -1,6 +1,19 @@
 """What ComfyUI sees: one module a family, each with its `NODES`."""
 
-from . import clip, combine, degrade, demo, face, guidance, measurement, reference, report, style
+from . import (
+    classifier,
+    clip,
+    combine,
+    degrade,
+    demo,
+    face,
+    guidance,
+    measurement,
+    reference,
+    report,
+    segmentation,
+    style,
+)
 
 _NODES = {
     **guidance.NODES,
@@ -8,8 +21,10 @@ _NODES = {
     **report.NODES,
     **measurement.NODES,
     **clip.NODES,
+    **segmentation.NODES,
     **style.NODES,
     **face.NODES,
+    **classifier.NODES,
     **combine.NODES,
     **degrade.NODES,
     **demo.NODES,
