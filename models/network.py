@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pickle
 from pathlib import Path
@@ -31,7 +32,8 @@ def managed(module: nn.Module) -> Any:
 def models_folder(name: str) -> None:
     """Register `models/<name>`, and make it, so that people find where to put their files."""
     folder = Path(folder_paths.models_dir) / name
-    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):  # a read-only installation: an empty list will say where files belong
+        folder.mkdir(parents=True, exist_ok=True)
     registry = folder_paths.folder_names_and_paths
     paths, extensions = registry[name] if name in registry else ([], set())  # noqa: SIM401 (no dict in 2024: no `get`)
     paths = [*dict.fromkeys((*paths, str(folder)))]

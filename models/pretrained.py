@@ -69,7 +69,7 @@ class ImageNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class LoadedNetwork:
-    """What goes through the SEGMENTATION_MODEL and IMAGE_CLASSIFIER sockets: a ModelPatcher over a labelled network."""
+    """What goes through SEGMENTATION_MODEL, IMAGE_CLASSIFIER, FACE_ENCODER and VGG_FEATURES: a network's patcher."""
 
     patcher: Any
 
