@@ -234,7 +234,7 @@ def restoration(
         "degrade": Node(
             "SphereGuideDegradeImage",
             (760, 540),
-            (300, 250),
+            (300, 300),
             {
                 "operator": operator,
                 "mask_fraction": 0.5,
@@ -243,6 +243,8 @@ def restoration(
                 "sigma": 3.0,
                 "noise": 0.025,
                 "seed": 1,
+                "length": 9.0,
+                "angle": 0.0,
             },
             {"image": ("picture", "IMAGE")},
             "Degrade Image",
