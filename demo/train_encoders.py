@@ -45,8 +45,8 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 CLIP_CONFIG = {
     "model_cfg": {
         "embed_dim": 64,
-        "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 96, "layers": 4, "head_width": 32, "mlp_ratio": 4.0},
-        "text_cfg": {"context_length": 40, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3},
+        "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 64, "layers": 4, "head_width": 32, "mlp_ratio": 4.0},
+        "text_cfg": {"context_length": 40, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 3},
     },
     "preprocess_cfg": {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "squash"},
 }
@@ -58,7 +58,7 @@ SEGFORMER = {
     "drop_path_rate": 0.0,
     "classifier_dropout_prob": 0.0,
 }
-FACE_MODEL = "test_resnet"
+FACE_MODEL = "test_efficientnet"
 
 
 def portraits_of(seeds: range, work: Path) -> dict[str, np.ndarray]:
