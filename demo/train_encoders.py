@@ -302,7 +302,7 @@ def half(model: nn.Module) -> dict[str, Tensor]:
 
 
 def export(args: argparse.Namespace) -> None:
-    """One folder for each loader node: models/open_clip, models/segmentation, models/face."""
+    """One folder for each loader node: models/open_clip, models/segmentation, models/face_encoders."""
     clip = averaged(args, "clip", build_clip())
     used = tokenise([portraits.caption(portraits.sample(s), np.random.default_rng(s)) for s in range(20_000)]).unique()
     table = clip.token_embedding.weight
@@ -314,7 +314,9 @@ def export(args: argparse.Namespace) -> None:
     (folder / "open_clip_config.json").write_text(json.dumps(CLIP_CONFIG, indent=1) + "\n")
 
     folder = args.out / "segmentation" / "toy_portraits"
-    averaged(args, "seg", build_segformer()).half().save_pretrained(folder)
+    segformer = averaged(args, "seg", build_segformer()).half()
+    segformer.config.palette = [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in portraits.CLASS_COLORS]
+    segformer.save_pretrained(folder)
     size = {"height": portraits.SIZE, "width": portraits.SIZE}
     preprocessor = {
         "image_processor_type": "SegformerImageProcessor",
@@ -324,7 +326,7 @@ def export(args: argparse.Namespace) -> None:
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=1) + "\n")
 
-    folder = args.out / "face" / "toy_portraits"
+    folder = args.out / "face_encoders" / "toy_portraits"
     folder.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         width = build_face()(torch.zeros(2, 3, FACE_SIZE, FACE_SIZE)).shape[1]
