@@ -203,6 +203,18 @@ def edges(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., :, 1:] - x[..., :, :-1], x[..., 1:, :] - x[..., :-1, :]
 
 
+def reconstruction_error(output: Tensor, target: Tensor, weight: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """L1 + 5 MSE, each pixel counted `weight` times, + 0.5 L1 of edges; and the plain MSE, for the log."""
+    difference = output - target
+    mse, l1 = (weight * difference**2).mean(), (weight * difference.abs()).mean()
+    edge = sum(F.l1_loss(a, b) for a, b in zip(edges(output), edges(target), strict=True))
+    return l1 + 5 * mse + 0.5 * edge, difference.detach().square().mean()
+
+
+def is_square_convolution(name: str, p: nn.Parameter) -> bool:
+    return p.ndim == 4 and p.shape[0] == p.shape[1]
+
+
 def train_vae(args: argparse.Namespace) -> None:
     """Reconstruction of 64x64 crops: L1 + 5 MSE + L1 of edges, plus a penalty that keeps latents near unit variance."""
     import comfy.taesd.taesd
@@ -230,12 +242,11 @@ def train_vae(args: argparse.Namespace) -> None:
         target = torch.from_numpy(crops).permute(0, 3, 1, 2).float().div_(255)  # channels_last in memory
         latent = encode(target)
         output = decode(latent)
-        mse, l1 = F.mse_loss(output, target), F.l1_loss(output, target)
-        edge = sum(F.l1_loss(a, b) for a, b in zip(edges(output), edges(target), strict=True))
+        error, mse = reconstruction_error(output, target)
         mean, var = latent.mean((0, 2, 3)), latent.var((0, 2, 3))
         unit = (mean**2 + (var - 1) ** 2).mean()
-        return l1 + 5 * mse + 0.5 * edge + 0.01 * unit, {
-            "mse": float(mse.detach()),
+        return error + 0.01 * unit, {
+            "mse": float(mse),
             "latent_std": float(var.detach().mean().sqrt()),
         }
 
@@ -245,10 +256,7 @@ def train_vae(args: argparse.Namespace) -> None:
             y = torch.cat([average.taesd_decoder(average.taesd_encoder(part)).clamp(0, 1) for part in x.split(8)])
         return {"psnr": float((-10 * ((x - y) ** 2).mean((1, 2, 3)).log10()).mean())}
 
-    def is_hidden(name: str, p: nn.Parameter) -> bool:
-        return p.ndim == 4 and p.shape[0] == p.shape[1]
-
-    fit(args, "vae", vae, loss, validate, is_hidden, weight_decay=0.0)
+    fit(args, "vae", vae, loss, validate, is_square_convolution, weight_decay=0.0)
 
 
 def train_decoder(args: argparse.Namespace) -> None:
@@ -282,11 +290,8 @@ def train_decoder(args: argparse.Namespace) -> None:
 
         target = crops(data["images"]).permute(0, 3, 1, 2).float().div_(255)
         weight = 1 + (MOUTH_WEIGHT - 1) * (crops(data["classes"]) == mouth)[:, None].float()
-        output = decode(z)
-        difference = output - target
-        mse, l1 = (weight * difference**2).mean(), (weight * difference.abs()).mean()
-        edge = sum(F.l1_loss(a, b) for a, b in zip(edges(output), edges(target), strict=True))
-        return l1 + 5 * mse + 0.5 * edge, {"mse": float(difference.detach().square().mean())}
+        error, mse = reconstruction_error(decode(z), target, weight)
+        return error, {"mse": float(mse)}
 
     def validate(average: nn.Module) -> dict[str, float]:
         x = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).float().div(255)
@@ -294,10 +299,7 @@ def train_decoder(args: argparse.Namespace) -> None:
             y = torch.cat([average.taesd_decoder(z).clamp(0, 1) for z in torch.from_numpy(held_out).split(8)])
         return {"psnr": float((-10 * ((x - y) ** 2).mean((1, 2, 3)).log10()).mean())}
 
-    def is_hidden(name: str, p: nn.Parameter) -> bool:
-        return p.ndim == 4 and p.shape[0] == p.shape[1]
-
-    fit(args, "decoder", vae, loss, validate, is_hidden, weight_decay=0.0)
+    fit(args, "decoder", vae, loss, validate, is_square_convolution, weight_decay=0.0)
 
 
 def normalised_vae(args: argparse.Namespace) -> dict[str, Tensor]:
@@ -524,31 +526,37 @@ DEFAULTS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=COMMANDS)
+def parse(parser: argparse.ArgumentParser, defaults: dict[str, dict[str, float]]) -> argparse.Namespace:
+    """The command line, with the options of every training; what is left out is the command's of `defaults`."""
     parser.add_argument("--work", type=Path, default=CACHE, help="data, checkpoints and logs (default: demo/cache)")
-    parser.add_argument("--init", type=Path, help="folder of exported weights to go on from, instead of random ones")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int, help="samples a step, over all workers")
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--muon", type=float, help="learning rate of Muon, over Adam's; 0: Adam for all")
     parser.add_argument("--ema", type=float, help="decay of the moving average")
-    parser.add_argument("--workers", type=int, default=1, help="data-parallel processes of one thread each")
     parser.add_argument("--threads", type=int, default=0, help="threads of a single worker (default: torch's choice)")
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile (needs a C++ compiler; about 15 %% faster)"
-    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="export: where to")
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--validate-every", type=int, default=250)
     parser.add_argument("--save-every", type=int, default=250)
     args = parser.parse_args()
-    for name, value in DEFAULTS.get(args.command, {}).items():
+    for name, value in defaults.get(args.command, {}).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.work.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("--init", type=Path, help="folder of exported weights to go on from, instead of random ones")
+    parser.add_argument("--workers", type=int, default=1, help="data-parallel processes of one thread each")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile (needs a C++ compiler; about 15 %% faster)"
+    )
+    args = parse(parser, DEFAULTS)
     args.session = f"{os.getpid()}"
     if args.command in ("vae", "latents"):  # drawn before the workers start, which only read
         images(portraits.TRAIN_SEEDS[:TRAIN_SIZE], args.work)

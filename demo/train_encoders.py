@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from . import portraits
 from .evaluate import mentioned, soften, to_tensor
-from .train import CACHE, fit
+from .train import fit, parse
 
 SIZE = 16384
 """Portraits of TRAIN_SEEDS that the open_clip model and the SegFormer learn from."""
@@ -385,23 +385,7 @@ DEFAULTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("--work", type=Path, default=CACHE, help="data, checkpoints and logs (default: demo/cache)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--batch", type=int)
-    parser.add_argument("--lr", type=float, help="peak learning rate")
-    parser.add_argument("--muon", type=float, help="learning rate of Muon, over Adam's; 0: Adam for all")
-    parser.add_argument("--ema", type=float, help="decay of the moving average")
-    parser.add_argument("--threads", type=int, default=0, help="threads (default: torch's choice)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="export: where to")
-    parser.add_argument("--log-every", type=int, default=50)
-    parser.add_argument("--validate-every", type=int, default=250)
-    parser.add_argument("--save-every", type=int, default=250)
-    args = parser.parse_args()
-    for name, value in DEFAULTS.get(args.command, {}).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.work.mkdir(parents=True, exist_ok=True)
+    args = parse(parser, DEFAULTS)
     args.rank, args.workers = 0, 1
     if args.threads:
         torch.set_num_threads(args.threads)
