@@ -6,9 +6,10 @@ import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["Loss", "Step"]
+__all__ = ["Loss", "Step", "repeat"]
 
 
 class Step:
@@ -65,3 +66,8 @@ class Loss(nn.Module):
 
     def forward(self, images: Tensor, step: Step | None = None) -> Tensor:
         raise NotImplementedError
+
+
+def repeat(tensor: Tensor, batch: int) -> Tensor:
+    """Entry i of the result is entry i mod len(tensor): a batch of references beside a batch of samples."""
+    return tensor[torch.arange(batch, device=tensor.device) % len(tensor)] if len(tensor) != batch else tensor

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Loss, Step
+from .base import Loss, Step, repeat
 
 __all__ = ["DISTANCES", "CLIPImage", "CLIPText", "Cutouts", "cosine", "spherical"]
 
@@ -180,7 +180,7 @@ class CLIPImage(_CLIP):
     def forward(self, images: Tensor, step: Step | None = None) -> Tensor:
         targets = self.targets
         if self.per_sample:
-            targets = targets[torch.arange(len(images), device=targets.device) % len(targets), None]
+            targets = repeat(targets, len(images))[:, None]
         return self.distances(images, targets, step).mean(1)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Loss, Step
+from .base import Loss, Step, repeat
 
 __all__ = ["CURVES", "Combined", "Masked", "Scheduled"]
 
@@ -169,7 +169,7 @@ class Masked(Loss):
     def forward(self, images: Tensor, step: Step | None = None) -> Tensor:
         height, width = images.shape[-2:]
         mask = F.interpolate(self.mask.to(images), size=(height, width), mode="bilinear", antialias=True)
-        mask = mask[torch.arange(len(images), device=mask.device) % len(mask)]
+        mask = repeat(mask, len(images))
         images = images * mask + images.detach() * (1 - mask)
         if self.crop:
             top, bottom, left, right = self.box

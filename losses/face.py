@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Loss, Step
-from .measurement import _repeat
+from .base import Loss, Step, repeat
 
 __all__ = ["DISTANCES", "Box", "Detector", "FaceID", "crop", "square"]
 
@@ -113,7 +112,7 @@ class FaceID(Loss):
 
     def forward(self, images: Tensor, step: Step | None = None) -> Tensor:
         embedding = self.embed(images, self._boxes(images, step))
-        reference = _repeat(self.reference.to(embedding), len(images))
+        reference = repeat(self.reference.to(embedding), len(images))
         if self.distance == "cosine":
             distance = 1 - (embedding * reference).sum(1)
         else:  # the gradient of vector_norm at a distance of zero is zero, not NaN

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Loss, Step
+from .base import Loss, Step, repeat
 
 __all__ = [
     "GaussianDeblur",
@@ -104,7 +104,7 @@ class _Measurement(Loss):
                 f"{estimate.shape[-1]}×{estimate.shape[-2]}. Resize the image, or change the size of the latent."
             )
         # The gradient of vector_norm at a residual of zero is zero, not NaN.
-        return torch.linalg.vector_norm((_repeat(y, len(estimate)) - estimate).flatten(1), dim=1)
+        return torch.linalg.vector_norm((repeat(y, len(estimate)) - estimate).flatten(1), dim=1)
 
 
 class Inpainting(_Measurement):
@@ -119,14 +119,14 @@ class Inpainting(_Measurement):
     def __init__(self, measurement: Tensor, mask: Tensor) -> None:
         mask = F.interpolate(mask, size=measurement.shape[-2:], mode="bilinear", align_corners=False)
         batch = max(len(measurement), len(mask))
-        known = 1 - _repeat(mask, batch)
-        super().__init__(_repeat(measurement, batch) * known)
+        known = 1 - repeat(mask, batch)
+        super().__init__(repeat(measurement, batch) * known)
         self.register_buffer("known", known)
 
     def operator(self, images: Tensor) -> Tensor:
         if images.shape[-2:] != self.known.shape[-2:]:
             return images  # refused by size in `forward`
-        return images * _repeat(self.known.to(images), len(images))
+        return images * repeat(self.known.to(images), len(images))
 
 
 class SuperResolution(_Measurement):
@@ -186,10 +186,5 @@ class LowPass(Loss):
         reference = self.reference.to(images)
         if reference.shape[-2:] != images.shape[-2:]:
             reference = F.interpolate(reference, size=images.shape[-2:], mode="bicubic", antialias=True)
-        difference = low_pass(_repeat(reference, len(images)) - images, self.factor)
+        difference = low_pass(repeat(reference, len(images)) - images, self.factor)
         return torch.linalg.vector_norm(difference.flatten(1), dim=1)
-
-
-def _repeat(tensor: Tensor, batch: int) -> Tensor:
-    """Entry i of the result is entry i mod len(tensor): a batch of references beside a batch of samples."""
-    return tensor[torch.arange(batch, device=tensor.device) % len(tensor)] if len(tensor) != batch else tensor

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Loss, Step
-from .measurement import _repeat
+from .base import Loss, Step, repeat
 
 __all__ = ["UNLABELLED", "Segmentation", "from_colors", "layered"]
 
@@ -57,7 +56,7 @@ class Segmentation(Loss):
         target = F.interpolate(self.target.to(logits.device)[:, None].float(), size=size, mode="nearest-exact")
         target = target[:, 0].long()
         weight = _weight(target, self.region, batch)
-        entropy = F.cross_entropy(logits, _repeat(target, batch), ignore_index=UNLABELLED, reduction="none")
+        entropy = F.cross_entropy(logits, repeat(target, batch), ignore_index=UNLABELLED, reduction="none")
         total = weight.flatten(1).sum(1)
         if not (total > 0).all():
             height, width = size
@@ -70,12 +69,12 @@ class Segmentation(Loss):
 
 def _weight(target: Tensor, region: Tensor | None, batch: int) -> Tensor:
     """How much each pixel counts, `[batch, H, W]` on the grid of `target` `[R, H, W]`."""
-    weight = _repeat((target != UNLABELLED).float(), batch)
+    weight = repeat((target != UNLABELLED).float(), batch)
     if region is None:
         return weight
     region = region.to(weight)
     region = F.interpolate(region, size=target.shape[-2:], mode="bilinear", antialias=True, align_corners=False)
-    return weight * _repeat(region[:, 0], batch)
+    return weight * repeat(region[:, 0], batch)
 
 
 def from_colors(images: Tensor, colors: Iterable[tuple[int, str]], tolerance: int) -> Tensor:
@@ -104,6 +103,6 @@ def layered(maps: Sequence[Tensor]) -> Tensor:
     result = torch.full((batch, *size), UNLABELLED, dtype=torch.long, device=maps[0].device)
     for layer in maps:
         layer = F.interpolate(layer[:, None].float(), size=size, mode="nearest-exact")[:, 0].long()
-        layer = _repeat(layer.to(result.device), batch)
+        layer = repeat(layer.to(result.device), batch)
         result = torch.where(layer == UNLABELLED, result, layer)
     return result

@@ -8,6 +8,7 @@ from ..losses.classifier import Classification
 from ..models import classifier
 from ..models.network import choices, models_folder, path_of
 from ..models.pretrained import LoadedNetwork, class_index
+from .loss_node import LossNode
 
 FOLDER = "classifiers"
 EMPTY = f"models/{FOLDER} is empty"
@@ -63,16 +64,12 @@ class LoadImageClassifier:
         return loaded, "\n".join(loaded.network.labels)
 
 
-class ClassifierLoss:
+class ClassifierLoss(LossNode):
     DESCRIPTION = (
         "Steers towards images that a classifier takes for one class, such as a dog breed or a style. Classifiers that "
         "were trained on noisy latents are asked about the noisy latent itself, and need no VAE."
     )
     SEARCH_ALIASES = ["classifier guidance", "class", "imagenet", "adm", "category"]
-    CATEGORY = "SphereGuide/losses"
-    FUNCTION = "make"
-    RETURN_TYPES = ("GUIDANCE_LOSS",)
-    RETURN_NAMES = ("loss",)
     OUTPUT_TOOLTIPS = (
         "For the loss input of a guidance node. That node needs the VAE too, unless the classifier is noise-aware.",
     )

@@ -13,6 +13,7 @@ from ..losses.clip import DISTANCES, CLIPImage, CLIPText, Cutouts
 from ..models import clip_model
 from ..models.clip_model import OpenCLIP
 from .images import from_image
+from .loss_node import LossNode
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -119,16 +120,11 @@ class LoadOpenCLIP:
         return (clip_model.load(model, DTYPES[dtype]),)
 
 
-class CLIPTextLoss:
+class CLIPTextLoss(LossNode):
     DESCRIPTION = (
         "Guides the sampler to pictures that a CLIP model finds to agree with a text. It adds to the prompt of the "
         "model, or stands in for it in models that know no text."
     )
-    CATEGORY = "SphereGuide/losses"
-    FUNCTION = "make"
-    RETURN_TYPES = ("GUIDANCE_LOSS",)
-    RETURN_NAMES = ("loss",)
-    OUTPUT_TOOLTIPS = ("For the loss input of a guidance node. That node needs the VAE too.",)
     SEARCH_ALIASES = ["clip guidance", "text guidance", "prompt", "clip loss", "text loss"]
 
     @classmethod
@@ -201,16 +197,11 @@ class CLIPTextLoss:
         return (loss,)
 
 
-class CLIPImageLoss:
+class CLIPImageLoss(LossNode):
     DESCRIPTION = (
         "Guides the sampler to pictures that mean the same to a CLIP model as a reference: its subject, mood and "
         "style, not its pixels."
     )
-    CATEGORY = "SphereGuide/losses"
-    FUNCTION = "make"
-    RETURN_TYPES = ("GUIDANCE_LOSS",)
-    RETURN_NAMES = ("loss",)
-    OUTPUT_TOOLTIPS = ("For the loss input of a guidance node. That node needs the VAE too.",)
     SEARCH_ALIASES = ["clip guidance", "image prompt", "reference", "variation", "clip loss", "similar image"]
 
     @classmethod

@@ -9,13 +9,10 @@ from torch import Tensor
 from ..losses.base import Loss
 from ..losses.combine import CURVES, Combined, Masked, Scheduled
 from .images import from_mask
+from .loss_node import LossNode
 
 
-class _LossOfLosses:
-    CATEGORY = "SphereGuide/losses"
-    FUNCTION = "make"
-    RETURN_TYPES = ("GUIDANCE_LOSS",)
-    RETURN_NAMES = ("loss",)
+class _LossOfLosses(LossNode):
     OUTPUT_TOOLTIPS = ("A loss like any other: for a guidance node, or for another of these nodes.",)
 
 

@@ -13,6 +13,7 @@ from ..models.face import FACENET_INSTALL, FACENET_URL, FaceDetector, load_face_
 from ..models.network import choices, managed, models_folder, path_of
 from ..models.pretrained import LoadedNetwork
 from .images import from_image
+from .loss_node import LossNode
 
 log = logging.getLogger("sphereguide")
 
@@ -78,16 +79,11 @@ class LoadFaceEncoder:
         return (LoadedNetwork(managed(load_face_encoder(path, title, features=embedding == "features"))),)
 
 
-class FaceIDLoss:
+class FaceIDLoss(LossNode):
     DESCRIPTION = (
         "Guides the sampler to the face of a reference picture: the distance between the two, in the eyes of a face "
         "recognition network. Finds faces by itself, or looks where a face has to be."
     )
-    CATEGORY = "SphereGuide/losses"
-    FUNCTION = "make"
-    RETURN_TYPES = ("GUIDANCE_LOSS",)
-    RETURN_NAMES = ("loss",)
-    OUTPUT_TOOLTIPS = ("For the loss input of a guidance node. That node needs the VAE too.",)
     SEARCH_ALIASES = ["faceid", "face", "identity", "likeness", "person", "arcface", "portrait"]
 
     @classmethod

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..losses.measurement import GaussianDeblur, Inpainting, LowPass, MotionDeblur, SuperResolution
 from .images import from_image, from_mask
+from .loss_node import LossNode
 
 KERNEL_SIZE = (
     "INT",
@@ -56,15 +57,7 @@ ANGLE = (
 )
 
 
-class _MeasurementLoss:
-    CATEGORY = "SphereGuide/losses"
-    FUNCTION = "make"
-    RETURN_TYPES = ("GUIDANCE_LOSS",)
-    RETURN_NAMES = ("loss",)
-    OUTPUT_TOOLTIPS = ("For the loss input of a guidance node. That node needs the VAE too.",)
-
-
-class InpaintingLoss(_MeasurementLoss):
+class InpaintingLoss(LossNode):
     DESCRIPTION = (
         "Guides the sampler to pictures that agree with the known pixels of this one, and invents the rest. "
         "Works with masks that a latent can't hold: single pixels, thin lines, scratches."
@@ -95,7 +88,7 @@ class InpaintingLoss(_MeasurementLoss):
         return (Inpainting(from_image(image), from_mask(mask)),)
 
 
-class SuperResolutionLoss(_MeasurementLoss):
+class SuperResolutionLoss(LossNode):
     DESCRIPTION = (
         "Guides the sampler to pictures that look like this small one when they are scaled down: upscaling that "
         "agrees with its source."
@@ -115,7 +108,7 @@ class SuperResolutionLoss(_MeasurementLoss):
         return (SuperResolution(from_image(image), factor),)
 
 
-class GaussianDeblurLoss(_MeasurementLoss):
+class GaussianDeblurLoss(LossNode):
     DESCRIPTION = (
         "Guides the sampler to sharp pictures that look like this one when they are blurred: deblurring that agrees "
         "with its source."
@@ -136,7 +129,7 @@ class GaussianDeblurLoss(_MeasurementLoss):
         return (GaussianDeblur(from_image(image), kernel_size, sigma),)
 
 
-class MotionDeblurLoss(_MeasurementLoss):
+class MotionDeblurLoss(LossNode):
     DESCRIPTION = (
         "Guides the sampler to sharp pictures that look like this one when they are blurred by a straight movement, "
         "as by a shaken camera."
@@ -157,7 +150,7 @@ class MotionDeblurLoss(_MeasurementLoss):
         return (MotionDeblur(from_image(image), length, angle),)
 
 
-class LowPassLoss(_MeasurementLoss):
+class LowPassLoss(LossNode):
     DESCRIPTION = (
         "Guides the sampler to pictures whose coarse structure and colours are those of a reference: a sketch, a "
         "photo, a colour layout. The fine parts are free. It is ILVR's condition as a loss."

@@ -14,6 +14,7 @@ from ..models import segmentation
 from ..models.network import choices, models_folder, path_of
 from ..models.pretrained import LoadedNetwork, class_index
 from .images import from_image, from_mask
+from .loss_node import LossNode
 
 log = logging.getLogger("sphereguide")
 
@@ -116,18 +117,13 @@ class SegmentationTarget:
         return ((*target, (mask, class_name)),)
 
 
-class SegmentationLoss:
+class SegmentationLoss(LossNode):
     DESCRIPTION = (
         "Steers towards images with the given things in the given places, as a segmentation network sees them: from a "
         "colour-coded map, one mask, or several (Segmentation Target). Cross-entropy, as in Universal Guidance, arXiv "
         "2302.07121, and DSG."
     )
     SEARCH_ALIASES = ["segmentation", "layout", "semantic map", "composition", "regions", "universal guidance"]
-    CATEGORY = "SphereGuide/losses"
-    FUNCTION = "make"
-    RETURN_TYPES = ("GUIDANCE_LOSS",)
-    RETURN_NAMES = ("loss",)
-    OUTPUT_TOOLTIPS = ("For the loss input of a guidance node. That node needs the VAE too.",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ..models.network import choices, managed, models_folder, path_of
 from ..models.pretrained import LoadedNetwork
 from ..models.vgg import VGG_URL, load_vgg
 from .images import from_image
+from .loss_node import LossNode
 
 FOLDER = "vgg"
 EMPTY = f"models/{FOLDER} is empty"
@@ -49,16 +50,11 @@ class LoadVGG:
         return (LoadedNetwork(managed(load_vgg(path, title))),)
 
 
-class StyleGramLoss:
+class StyleGramLoss(LossNode):
     DESCRIPTION = (
         "Guides the sampler to the style of a picture: its colours, strokes and textures, wherever they lie. Compares "
         "Gram matrices of feature maps, of open_clip's vision transformer as DSG and FreeDoM do, or of VGG19."
     )
-    CATEGORY = "SphereGuide/losses"
-    FUNCTION = "make"
-    RETURN_TYPES = ("GUIDANCE_LOSS",)
-    RETURN_NAMES = ("loss",)
-    OUTPUT_TOOLTIPS = ("For the loss input of a guidance node. That node needs the VAE too.",)
     SEARCH_ALIASES = ["style", "gram matrix", "style transfer", "texture", "painting", "vgg"]
 
     @classmethod

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import host
+from ..losses.base import repeat
 from ..losses.measurement import low_pass
 
 __all__ = ["ReferencedModel", "referenced"]
@@ -92,7 +93,7 @@ class ReferencedModel:
         if frames.shape[-2:] != x.shape[-2:]:
             frames = F.interpolate(frames, size=x.shape[-2:], mode="bicubic", antialias=True)
         reference = frames.reshape(*reference.shape[:-2], *x.shape[-2:])
-        self.reference = reference[torch.arange(len(x), device=x.device) % len(reference)]
+        self.reference = repeat(reference, len(x))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.wrapped, name)
