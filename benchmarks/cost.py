@@ -13,9 +13,8 @@ run: `setup_ms`.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
-import json
-import platform
 import statistics
 import sys
 import time
@@ -35,6 +34,7 @@ import comfy.model_management  # noqa: E402
 import comfy.samplers  # noqa: E402
 import tiny_models  # noqa: E402
 import torch  # noqa: E402
+from result import Result  # noqa: E402
 from sphereguide import host  # noqa: E402
 from sphereguide.losses.base import Loss  # noqa: E402
 from sphereguide.losses.measurement import SuperResolution  # noqa: E402
@@ -127,7 +127,7 @@ def dsg(**settings: Any) -> comfy.samplers.KSAMPLER:
 def measure(bench: Bench, sampler: comfy.samplers.KSAMPLER, cfg: float, pairs: int) -> dict[str, float]:
     """Medians of the paired ratio and of both times, in ms, and the peak of memory beyond what the model takes."""
     ratios, guided_ms, plain_ms = [], [], []
-    memory = peak_memory(lambda: bench.run(sampler, cfg))
+    memory = peak_memory(lambda: bench.run(sampler, cfg))  # also what warms it up
     for _ in range(pairs):
         before, after = bench.run(plain(), cfg), bench.run(sampler, cfg)
         ratios.append(statistics.mean(after) / statistics.mean(before))
@@ -157,6 +157,8 @@ def peak_memory(run: Callable[[], Any]) -> float | None:
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
 
     gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # or the run would be served from what earlier ones left
+        libc.malloc_trim(0)
     clear.write_text("5")  # the peak begins anew
     before = kilobytes("VmRSS")
     run()
@@ -164,11 +166,14 @@ def peak_memory(run: Callable[[], Any]) -> float | None:
 
 
 def wrapper_share(bench: Bench, pairs: int) -> float:
-    """What part of a `full` step is neither forward nor backward pass: `bare` and `full` in turn, without CFG."""
+    """What part of a `full` step is neither forward nor backward pass: `bare` and `full` in turn, without CFG.
+
+    A few hundredths, which one slow step of a run would hide: hence medians of steps.
+    """
     ratios = []
     for _ in range(pairs):
         hand, full = bench.run(bare(), 1.0), bench.run(dsg(), 1.0)
-        ratios.append(statistics.mean(hand) / statistics.mean(full))
+        ratios.append(statistics.median(hand) / statistics.median(full))
     return round(1 - statistics.median(ratios), 4)
 
 
@@ -222,17 +227,6 @@ def models(quick: bool) -> Iterator[tuple[Bench, Decoder, int, int]]:
     yield Bench("SD1.5 layout", sd15, (77, 768), 32, 3), taesd, 32, 1 if quick else 3
 
 
-def machine() -> dict[str, Any]:
-    device = comfy.model_management.get_torch_device()
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
@@ -269,7 +263,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the rows; a plot goes beside it")
     options = parser.parse_args()
 
-    rows: list[dict[str, Any]] = []
+    settings = {"quick": options.quick, "sampler": "euler_ancestral", "batch": 1, "dtype": "float32"}
+    result = Result("cost", settings, options.json)
     print(
         f"{'model':14} {'kind':6} {'gradient':10} {'cfg':>3} {'every':>5} {'ckpt':>5} {'ratio':>7} {'ms':>9} {'MB':>8}"
     )
@@ -277,33 +272,27 @@ def main() -> None:
         for index, cell in enumerate(CELLS):
             if options.quick and index not in QUICK:
                 continue
-            row = {
-                "model": bench.name,
-                "gradient": None,
-                "interval": 1,
-                "checkpointing": False,
-                **cell,
-                **measure(bench, sampler_of(cell, decode, size), cell["cfg"], pairs),
-            }
-            rows.append(row)
+            about = {"model": bench.name, "gradient": None, "interval": 1, "checkpointing": False, **cell}
+            row = result.find(about)
+            if row is None:
+                row = about | measure(bench, sampler_of(cell, decode, size), cell["cfg"], pairs)
+                if cell["kind"] == "bare":
+                    row |= {"wrapper_share": wrapper_share(bench, pairs), "setup_ms": setup_ms(bench.patcher)}
+                result.add(row)
+            memory = "" if row["peak_memory_mb"] is None else f"{row['peak_memory_mb']:.1f}"
             print(
                 f"{row['model']:14} {row['kind']:6} {row['gradient'] or '':10} {row['cfg']:3g} {row['interval']:5} "
-                f"{row['checkpointing']!s:>5} {row['step_ratio']:7.2f} {row['step_ms']:9.1f} "
-                f"{row['peak_memory_mb'] or float('nan'):8.1f}",
+                f"{row['checkpointing']!s:>5} {row['step_ratio']:7.2f} {row['step_ms']:9.1f} {memory:>8}",
                 flush=True,
             )
-        share, ready = wrapper_share(bench, pairs), setup_ms(bench.patcher)
-        print(f"{bench.name}: the wrapper's own share of a full step {share:.1%}; once a run {ready} ms")
-        for row in rows:
-            if row["model"] == bench.name and row["kind"] == "bare":
-                row |= {"wrapper_share": share, "setup_ms": ready}
+            if cell["kind"] == "bare":
+                print(
+                    f"{bench.name}: the wrapper's own share of a full step {row['wrapper_share']:.1%}; once a run "
+                    f"{row['setup_ms']} ms"
+                )
+    result.finish()
     if options.json:
-        host_version = {"comfyui": getattr(sys.modules.get("comfyui_version"), "__version__", "0.0.1 (PyPI)")}
-        settings = {"quick": options.quick, "sampler": "euler_ancestral", "batch": 1, "dtype": "float32"}
-        result = {"benchmark": "cost", "host": host_version, "machine": machine(), "settings": settings, "rows": rows}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-        draw(rows, options.json.with_suffix(".png"))
+        draw(result.rows, options.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,58 @@
+"""The JSON file of a benchmark, kept cell by cell so that an interrupted run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Result", "machine"]
+
+
+def machine() -> dict[str, Any]:
+    import comfy.model_management
+    import torch
+
+    device = comfy.model_management.get_torch_device()
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+class Result:
+    """`{"benchmark", "host", "machine", "settings", "rows"}`, in `path` once it is complete; with None, nowhere.
+
+    Until then the rows lie in `<path>.partial.json`, and a run of the same host, machine and settings takes them over.
+    """
+
+    def __init__(self, benchmark: str, settings: dict[str, Any], path: Path | None) -> None:
+        host = {"comfyui": getattr(sys.modules.get("comfyui_version"), "__version__", "0.0.1 (PyPI)")}
+        self.head = {"benchmark": benchmark, "host": host, "machine": machine(), "settings": settings}
+        self.rows: list[dict[str, Any]] = []
+        self.path = path
+        self.partial = path.with_suffix(".partial.json") if path else None
+        if self.partial and self.partial.exists():
+            earlier = json.loads(self.partial.read_text())
+            if {**earlier, "rows": []} == {**self.head, "rows": []}:
+                self.rows = earlier["rows"]
+
+    def find(self, cell: dict[str, Any]) -> dict[str, Any] | None:
+        """The row of this cell, if it is there."""
+        return next((row for row in self.rows if cell.items() <= row.items()), None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if self.partial:
+            self.partial.parent.mkdir(parents=True, exist_ok=True)
+            self.partial.write_text(json.dumps({**self.head, "rows": self.rows}))
+
+    def finish(self) -> None:
+        if self.path and self.partial:
+            self.path.write_text(json.dumps({**self.head, "rows": self.rows}, indent=1) + "\n")
+            self.partial.unlink(missing_ok=True)
