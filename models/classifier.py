@@ -23,6 +23,7 @@ from .pretrained import (
     preprocessing_of,
     published_weights,
     read_json,
+    timm_network,
     transformers_network,
 )
 
@@ -144,7 +145,7 @@ def load(path: Path, architecture: str, title: str) -> LoadedNetwork:
     if config.get("noise_aware"):
         network = _noise_aware(path, config, title)
     elif "architecture" in config:
-        network = _from_timm(path, config, title)
+        network = _from_timm(path, title)
     else:
         network = _from_transformers(path, title)
     if len(network.labels) < 2 and not network.multi_label:
@@ -176,30 +177,13 @@ def _from_file(path: Path, architecture: str, title: str) -> ImageClassifier:
     return ImageClassifier(network, labels, Preprocessing(size, tuple(preset.mean), tuple(preset.std)))
 
 
-def _from_timm(folder: Path, config: dict[str, Any], title: str) -> ImageClassifier:
-    timm = needs("timm", "pip install timm", title)
-    architecture = config["architecture"]
-    if not timm.is_model(architecture):
-        raise ValueError(f"{title}: this version of timm knows no architecture '{architecture}' (in {folder}).")
-    path = next(
-        (folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).exists()), None
-    )
-    if path is None:
-        raise ValueError(f"{title}: {folder} has a config.json, but no model.safetensors beside it.")
-    pretrained = config.get("pretrained_cfg") or {}
-    classes = config.get("num_classes") or pretrained.get("num_classes", 1000)
-    arguments = dict(config.get("model_args") or {})
-    if config.get("global_pool"):
-        arguments.setdefault("global_pool", config["global_pool"])
-    with torch.random.fork_rng(devices=[]):
-        network = timm.create_model(architecture, pretrained=False, **{**arguments, "num_classes": classes})
-    network = fill(network, load_weights(path, title), path, architecture, title)
-    labels = config.get("label_names") or pretrained.get("label_names")
+def _from_timm(folder: Path, title: str) -> ImageClassifier:
+    network, preprocessing, config = timm_network(folder, title)
+    labels = config.get("label_names") or (config.get("pretrained_cfg") or {}).get("label_names")
     if not labels:
+        classes = network.num_classes
         labels = _imagenet_labels(title) if classes == 1000 else [str(i) for i in range(classes)]
-    default = network.pretrained_cfg
-    mean, std, size = (pretrained.get(key) or default[key] for key in ("mean", "std", "input_size"))
-    return ImageClassifier(network, labels, Preprocessing(tuple(size[1:]), tuple(mean), tuple(std)))
+    return ImageClassifier(network, labels, preprocessing)
 
 
 def _imagenet_labels(title: str) -> list[str]:

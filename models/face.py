@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..losses.face import Box
 from .network import load_weights, needs
-from .pretrained import fill, read_json
+from .pretrained import fill, timm_network
 
 __all__ = ["FACENET_INSTALL", "FACENET_URL", "FaceDetector", "FaceEncoder", "load_face_encoder"]
 
@@ -47,7 +47,10 @@ def load_face_encoder(path: Path, title: str, features: bool = False) -> FaceEnc
     Raises ImportError for the package that is missing and ValueError for what holds no such network, both for the node
     of that title.
     """
-    return _timm(path, title, features) if path.is_dir() else _facenet(path, title)
+    if not path.is_dir():
+        return _facenet(path, title)
+    network, preprocessing, _ = timm_network(path, title, headless=features)
+    return FaceEncoder(network, preprocessing.size, preprocessing.mean, preprocessing.std)
 
 
 def _facenet(path: Path, title: str) -> FaceEncoder:
@@ -59,37 +62,6 @@ def _facenet(path: Path, title: str) -> FaceEncoder:
     network = fill(network, weights, path, f"InceptionResnetV1 of facenet-pytorch ({FACENET_URL})", title)
     # It was trained on (x·255 − 127.5)/128.
     return FaceEncoder(network, (160, 160), (0.5,) * 3, (128 / 255,) * 3)
-
-
-def _timm(folder: Path, title: str, features: bool) -> FaceEncoder:
-    timm = needs("timm", "pip install timm", title)
-    config = read_json(folder / "config.json", title)
-    architecture, pretrained = config.get("architecture"), config.get("pretrained_cfg") or {}
-    if not (isinstance(architecture, str) and timm.is_model(architecture)):
-        raise ValueError(
-            f"{title}: timm {timm.__version__} knows no architecture '{architecture}', which config.json in {folder} "
-            "asks for."
-        )
-    known = {**pretrained, **config}
-    arguments = {key: known[key] for key in ("num_classes", "global_pool") if known.get(key) is not None}
-    arguments |= config.get("model_args") or {}
-    if features:
-        arguments["num_classes"] = 0
-    with torch.random.fork_rng(devices=[]):
-        network = timm.create_model(architecture, pretrained_cfg=pretrained or None, **arguments)
-    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
-    path = next((path for path in files if path.exists()), None)
-    if path is None:
-        raise ValueError(f"{title}: {folder} has a config.json, but no model.safetensors beside it.")
-    weights = load_weights(path, title)
-    if features:
-        weights = {name: weight for name, weight in weights.items() if name in network.state_dict()}
-    network = fill(network, weights, path, architecture, title)
-    data = timm.data.resolve_model_data_config(network)
-    channels, *size = data["input_size"]
-    if channels != 3:
-        raise ValueError(f"{title}: '{architecture}' of {folder} takes images of {channels} channels, not of 3.")
-    return FaceEncoder(network, tuple(size), data["mean"], data["std"])
 
 
 class FaceDetector:

@@ -30,13 +30,14 @@ def managed(module: nn.Module) -> Any:
 
 
 def models_folder(name: str) -> None:
-    """Register `models/<name>`, and make it, so that people find where to put their files."""
+    """Register `models/<name>`, and make it, so that people find where to put their files; and what the demo brings."""
     folder = Path(folder_paths.models_dir) / name
     with contextlib.suppress(OSError):  # a read-only installation: an empty list will say where files belong
         folder.mkdir(parents=True, exist_ok=True)
     registry = folder_paths.folder_names_and_paths
     paths, extensions = registry[name] if name in registry else ([], set())  # noqa: SIM401 (no dict in 2024: no `get`)
-    paths = [*dict.fromkeys((*paths, str(folder)))]
+    own = Path(__file__).resolve().parent.parent / "demo" / "weights" / name
+    paths = [*dict.fromkeys((*paths, str(folder), *([str(own)] if own.is_dir() else [])))]
     registry[name] = (paths, {*extensions, *folder_paths.supported_pt_extensions})
 
 
@@ -53,10 +54,11 @@ def choices(name: str, contains: str = "config.json") -> list[str]:
     return sorted(found)
 
 
-def path_of(name: str, choice: str, title: str) -> Path:
+def path_of(name: str, choice: str, title: str, advice: str = "") -> Path:
     """The file or folder that `choice` of `choices(name)` stands for.
 
-    Raises FileNotFoundError, for the node of that title, if it is gone, and ValueError for one outside of the folder.
+    Raises FileNotFoundError, for the node of that title, if it is gone, with `advice` where to get it, and ValueError
+    for one outside of the folder.
     """
     for root in map(Path, folder_paths.get_folder_paths(name)):
         path = (root / choice).resolve()
@@ -65,7 +67,7 @@ def path_of(name: str, choice: str, title: str) -> Path:
         if path.exists():
             return path
     places = ", ".join(folder_paths.get_folder_paths(name))
-    raise FileNotFoundError(f"{title}: '{choice}' is not in models/{name} (looked in {places}).")
+    raise FileNotFoundError(f"{title}: '{choice}' is not in models/{name} (looked in {places}). {advice}".strip())
 
 
 def load_weights(path: Path, title: str) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ __all__ = [
     "preprocessing_of",
     "published_weights",
     "read_json",
+    "timm_network",
     "transformers_network",
 ]
 
@@ -175,6 +176,43 @@ def transformers_network(folder: Path, auto_class: str, title: str) -> nn.Module
             f"{' and others' if len(missing) > 1 else ''}). It may be a backbone without a head, or another network."
         )
     return network.float()
+
+
+def timm_network(folder: Path, title: str, headless: bool = False) -> tuple[nn.Module, Preprocessing, dict[str, Any]]:
+    """The network of a folder with timm's config.json and weights, its preprocessing, and that config.
+
+    headless  without its last layer: what enters that is what comes out
+
+    Raises ImportError for a missing timm and ValueError for a folder that holds no such network of RGB images.
+    """
+    timm = needs("timm", "pip install timm", title)
+    config = read_json(folder / "config.json", title)
+    architecture, pretrained = config.get("architecture"), config.get("pretrained_cfg") or {}
+    if not (isinstance(architecture, str) and timm.is_model(architecture)):
+        raise ValueError(
+            f"{title}: timm {timm.__version__} knows no architecture '{architecture}', which config.json in {folder} "
+            "asks for."
+        )
+    files = (folder / name for name in ("model.safetensors", "pytorch_model.bin"))
+    path = next((path for path in files if path.exists()), None)
+    if path is None:
+        raise ValueError(f"{title}: {folder} has a config.json, but no model.safetensors beside it.")
+    known = {**pretrained, **config}
+    arguments = {key: known[key] for key in ("num_classes", "global_pool") if known.get(key) is not None}
+    arguments |= config.get("model_args") or {}
+    if headless:
+        arguments["num_classes"] = 0
+    with torch.random.fork_rng(devices=[]):
+        network = timm.create_model(architecture, pretrained_cfg=pretrained or None, **arguments)
+    weights = load_weights(path, title)
+    if headless:
+        weights = {name: weight for name, weight in weights.items() if name in network.state_dict()}
+    network = fill(network, weights, path, architecture, title)
+    data = timm.data.resolve_model_data_config(network)
+    channels, *size = data["input_size"]
+    if channels != 3:
+        raise ValueError(f"{title}: '{architecture}' of {folder} takes images of {channels} channels, not of 3.")
+    return network, Preprocessing(tuple(size), tuple(data["mean"]), tuple(data["std"])), config
 
 
 def preprocessing_of(folder: Path, default: Preprocessing, title: str) -> Preprocessing:

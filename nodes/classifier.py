@@ -56,10 +56,7 @@ class LoadImageClassifier:
 
     def load(self, name: str, architecture: str = "") -> tuple[LoadedNetwork, str]:
         title = "Load Image Classifier"
-        try:
-            path = path_of(FOLDER, name, title)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error} {WHERE}") from error
+        path = path_of(FOLDER, name, title, WHERE)
         loaded = classifier.load(path, architecture, title)
         return loaded, "\n".join(loaded.network.labels)
 

@@ -72,10 +72,7 @@ class LoadFaceEncoder:
 
     def load(self, name: str, embedding: str) -> tuple[LoadedNetwork]:
         title = "Load Face Encoder"
-        try:
-            path = path_of(FOLDER, name, title)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error} {WHERE}") from error
+        path = path_of(FOLDER, name, title, WHERE)
         return (LoadedNetwork(managed(load_face_encoder(path, title, features=embedding == "features"))),)
 
 

@@ -77,10 +77,7 @@ class LoadSegmentationModel:
 
     def load(self, name: str, architecture: str = BY_NAME) -> tuple[LoadedNetwork, str]:
         title = "Load Segmentation Model"
-        try:
-            path = path_of(FOLDER, name, title)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error} {WHERE}") from error
+        path = path_of(FOLDER, name, title, WHERE)
         loaded = segmentation.load(path, None if architecture == BY_NAME else architecture, title)
         labels, palette = loaded.network.labels, loaded.network.palette
         lines = map("=".join, zip(labels, palette, strict=True)) if palette else labels

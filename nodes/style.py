@@ -43,10 +43,7 @@ class LoadVGG:
 
     def load(self, name: str) -> tuple[LoadedNetwork]:
         title = "Load VGG Features"
-        try:
-            path = path_of(FOLDER, name, title)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error} Put {VGG_URL} there. Then press R in ComfyUI.") from error
+        path = path_of(FOLDER, name, title, f"Put {VGG_URL} there. Then press R in ComfyUI.")
         return (LoadedNetwork(managed(load_vgg(path, title))),)
 
 
