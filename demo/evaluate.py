@@ -1,9 +1,8 @@
-"""Measures the demo models with judges that had no part in their training: the table of MODEL_CARD.md.
+"""Measures the demo models with the judge, which had no part in their training: the table of MODEL_CARD.md.
 
     python -m demo.evaluate --work DIR
 
-An attribute classifier and a segmenter learn from portraits of the generator only (EVALUATOR_SEEDS, which nothing else
-uses), and are reported on held-out real portraits beside the samples, so that their own errors are visible.
+The judge is reported on real portraits that it never saw beside the samples, so that its own errors are visible.
 Samples: captions of TEST_SEEDS in random wording, cfg 3, 20 steps of euler_ancestral, ComfyUI's own sampling code.
 """
 
@@ -19,56 +18,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import portraits, toy_portraits
 from .bootstrap import import_host
-from .train import CACHE, generator, images, learning_rate
+from .judge import Judge
+from .judge import load as load_judge
+from .train import CACHE, images
 
 EYE_AREA = (120, 560)
 """A component of the class "eyes" counts as an eye within these areas, in px of 128x128 (real ones: 220 to 440)."""
 MOUTH_AREA = 40
-
-
-def block(n_in: int, n_out: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU())
-
-
-class Classifier(nn.Module):
-    """Logits of all attributes, concatenated. Images [B, 3, 128, 128] in 0..1."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes = [len(values) for values in portraits.ATTRIBUTES.values()]
-        widths = (24, 48, 96, 128)
-        self.trunk = nn.Sequential(
-            *(block(a, b, 2) for a, b in zip((3, *widths), widths, strict=False)), block(128, 128)
-        )
-        self.head = nn.Linear(128 * 16, sum(self.sizes))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(F.adaptive_avg_pool2d(self.trunk(x * 2 - 1), 4).flatten(1))
-
-    def predict(self, x: Tensor) -> Tensor:
-        """Index of the likeliest value of each attribute, [B, attributes]."""
-        return torch.stack([part.argmax(1) for part in self(x).split(self.sizes, 1)], 1)
-
-
-class Segmenter(nn.Module):
-    """Class logits [B, classes, 64, 64] of images [B, 3, 128, 128] in 0..1."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c, self.d = block(3, 24, 2), block(24, 48, 2), block(48, 96, 2), block(96, 96)
-        self.up_b, self.up_a = block(96 + 48, 48), block(48 + 24, 32)
-        self.head = nn.Conv2d(32, len(portraits.CLASSES), 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = self.a(x * 2 - 1)
-        b = self.b(a)
-        c = self.d(self.c(b))
-        b = self.up_b(torch.cat([F.interpolate(c, scale_factor=2.0), b], 1))
-        return self.head(self.up_a(torch.cat([F.interpolate(b, scale_factor=2.0), a], 1)))
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
@@ -86,46 +46,12 @@ def soften(x: Tensor, rng: torch.Generator) -> Tensor:
     return (x + noise).clamp(0, 1)
 
 
-def judges(work: Path, count: int = 8192, epochs: int = 3, batch: int = 32) -> tuple[Classifier, Segmenter]:
-    """The classifier and the segmenter, trained once into `evaluators.pt`."""
-    torch.manual_seed(1)
-    classifier, segmenter = Classifier(), Segmenter()
-    path = work / "evaluators.pt"
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        classifier.load_state_dict(state["classifier"])
-        segmenter.load_state_dict(state["segmenter"])
-        return classifier.eval(), segmenter.eval()
-    data = portraits.dataset(portraits.EVALUATOR_SEEDS[:count], work / "data")
-    both = nn.ModuleList([classifier, segmenter]).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(both.parameters(), lr=2e-3, weight_decay=0.02)
-    steps, began = epochs * count // batch, time.time()
-    for step in range(steps):
-        rng = generator(1, step)
-        index = np.sort(torch.randint(count, (batch,), generator=rng).numpy())
-        x = soften(to_tensor(data["images"][index]), rng)
-        truth = torch.from_numpy(data["labels"][index].astype(np.int64))
-        logits = classifier(x).split(classifier.sizes, 1)
-        loss = sum(F.cross_entropy(part, truth[:, i]) for i, part in enumerate(logits))
-        classes = torch.from_numpy(data["classes"][index[::2], 1::2, 1::2].astype(np.int64))
-        loss = loss + 4 * F.cross_entropy(segmenter(x[::2]), classes)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, 2e-3)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        if (step + 1) % 100 == 0:
-            left = (time.time() - began) / (step + 1) * (steps - step - 1) / 60
-            print(f"judges {step + 1}/{steps}  loss {float(loss.detach()):.3f}  {left:.0f} min left", flush=True)
-    torch.save({"classifier": classifier.state_dict(), "segmenter": segmenter.state_dict()}, path)
-    return classifier.eval(), segmenter.eval()
-
-
 def has_face(classes: np.ndarray) -> tuple[bool, bool]:
-    """(exactly two eyes of a sensible size, a mouth) in a class map [64, 64] at half resolution."""
+    """(exactly two eyes of a sensible size, a mouth) in a class map [128, 128]."""
     parts, count = ndimage.label(classes == portraits.CLASSES.index("eyes"))
-    areas = 4 * ndimage.sum_labels(np.ones_like(parts), parts, range(1, count + 1)) if count else np.zeros(0)
+    areas = ndimage.sum_labels(np.ones_like(parts), parts, range(1, count + 1)) if count else np.zeros(0)
     eyes = sum(EYE_AREA[0] <= area <= EYE_AREA[1] for area in areas)
-    return eyes == 2, 4 * int((classes == portraits.CLASSES.index("mouth")).sum()) >= MOUTH_AREA
+    return eyes == 2, int((classes == portraits.CLASSES.index("mouth")).sum()) >= MOUTH_AREA
 
 
 def mentioned(text: str, portrait: portraits.Portrait) -> set[str]:
@@ -144,13 +70,11 @@ def mentioned(text: str, portrait: portraits.Portrait) -> set[str]:
 
 
 @torch.no_grad()
-def judge(pixels: Tensor, people: list[portraits.Portrait], texts: list[str] | None, both: tuple) -> dict[str, float]:
+def shares(pixels: Tensor, people: list[portraits.Portrait], texts: list[str] | None, judge: Judge) -> dict[str, float]:
     """Share of images [N, 3, 128, 128] whose attributes are those of `people` (if their caption mentions them), and
     that have two eyes and a mouth."""
-    classifier, segmenter = both
-    predicted = torch.cat([classifier.predict(part) for part in pixels.split(32)]).numpy()
-    classes = torch.cat([segmenter(part).argmax(1) for part in pixels.split(32)]).numpy()
-    rows = {}
+    verdict, rows = judge.of(pixels), {}
+    predicted = verdict.labels
     for column, name in enumerate(portraits.ATTRIBUTES):
         right = []
         for i, person in enumerate(people):
@@ -162,7 +86,7 @@ def judge(pixels: Tensor, people: list[portraits.Portrait], texts: list[str] | N
             else:
                 right.append(predicted[i, column] == truth)
         rows[name] = float(np.mean(right))
-    faces = np.array([has_face(one) for one in classes])
+    faces = np.array([has_face(one) for one in verdict.class_map])
     rows |= {"two eyes": float(faces[:, 0].mean()), "mouth": float(faces[:, 1].mean())}
     rows["two eyes and a mouth"] = float(faces.all(1).mean())
     return rows
@@ -203,16 +127,13 @@ def reconstruction(pixels: Tensor, weights: Path | None = None) -> tuple[Tensor,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=CACHE, help="data and the judges' weights")
+    parser.add_argument("--work", type=Path, default=CACHE, help="data")
     parser.add_argument("--weights", type=Path, default=toy_portraits.WEIGHTS)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--grid", type=Path, default=Path(__file__).parent / "samples.jpg", help="the first 64 samples")
-    parser.add_argument("--judges-only", action="store_true", help="train the judges and stop")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    both = judges(args.work)
-    if args.judges_only:
-        return
+    judge = load_judge(toy_portraits.WEIGHTS)
     seeds = portraits.TEST_SEEDS[: args.samples]
     people = [portraits.sample(seed) for seed in seeds]
     real = to_tensor(images(seeds, args.work))
@@ -229,9 +150,9 @@ def main() -> None:
             "latent_mean": latents.mean((0, 2, 3)).tolist(),
             "latent_std": latents.std((0, 2, 3)).tolist(),
         },
-        "real": judge(real, people, None, both),
-        "reconstructed": judge(restored, people, None, both),
-        "samples": judge(drawn, people, texts, both),
+        "real": shares(real, people, None, judge),
+        "reconstructed": shares(restored, people, None, judge),
+        "samples": shares(drawn, people, texts, judge),
         "chance": {name: 1 / len(values) for name, values in portraits.ATTRIBUTES.items()} | {"glasses": 0.5},
     }
     pixels = (drawn[:64].movedim(1, -1) * 255).round().byte().numpy()
@@ -241,8 +162,8 @@ def main() -> None:
     print("| | real | reconstructed | samples | chance |\n|---|---|---|---|---|")
     for name in report["real"]:
         chance = f"{report['chance'][name]:.0%}" if name in report["chance"] else ""
-        shares = " | ".join(f"{report[column][name]:.1%}" for column in ("real", "reconstructed", "samples"))
-        print(f"| {name.replace('_', ' ')} | {shares} | {chance} |")
+        columns = " | ".join(f"{report[column][name]:.1%}" for column in ("real", "reconstructed", "samples"))
+        print(f"| {name.replace('_', ' ')} | {columns} | {chance} |")
 
 
 if __name__ == "__main__":

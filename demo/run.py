@@ -1,7 +1,8 @@
-"""Restores portraits with the demo workflows in a real ComfyUI server; started by `quickstart.py demo`.
+"""Runs the demo workflows in a real ComfyUI server; started by `quickstart.py demo`.
 
-Each workflow of `workflows/api/` is queued twice, as it is and with its guidance taken out: same seed, same empty
-prompt. The portraits come from a range of seeds that chose no setting. They run as one batch, each with its own loss.
+Each workflow of `workflows/api/` is queued twice, as it is and with its guidance taken out: same seed, same prompt.
+Those that restore take portraits from a range of seeds that chose no setting, as one batch, each with its own loss, and
+are measured by PSNR. Those that steer draw several pictures, which are scored by a network that guided none of them.
 """
 
 from __future__ import annotations
@@ -15,23 +16,101 @@ import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import time
+from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import portraits
-from comfy_server import PACK, ComfyServer, ExecutionError, PromptRejected, Run, ServerError
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-WORKFLOWS = {
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    __package__ = "demo"
+
+from . import portraits
+from .comfy_server import PACK, ComfyServer, ExecutionError, PromptRejected, Run, ServerError
+from .judge import Judge, Verdict, gram_distance, mean_iou
+from .judge import load as load_judge
+
+RESTORED = {
     "toy_inpainting": "Half of the pixels missing",
     "toy_super_resolution": "4 times smaller",
     "toy_deblur": "Blurred",
 }
 COUNT = 8
 STAGES = ("degraded", "unguided", "guided")
+
+
+@dataclass(frozen=True)
+class Steered:
+    """A workflow that draws pictures by a condition, and how they are scored.
+
+    score   the name of it; `from_judge` gives it for each picture, out of the judge's verdicts on the pictures and on
+            the workflow's own (`pictures`, in the folder of the workflows)
+    wanted  the attributes that its text names
+    """
+
+    title: str
+    score: str
+    from_judge: Callable[[Steered, Verdict, list[Verdict]], np.ndarray]
+    pictures: tuple[str, ...] = ()
+    wanted: dict[str, str] = field(default_factory=dict)
+
+    def attributes(self, verdict: Verdict, _: list[Verdict]) -> np.ndarray:
+        """Share of the wanted attributes that the judge sees."""
+        names = list(portraits.ATTRIBUTES)
+        right = [
+            verdict.labels[:, names.index(name)] == portraits.ATTRIBUTES[name].index(value)
+            for name, value in self.wanted.items()
+        ]
+        return np.mean(right, axis=0)
+
+    def overlap(self, verdict: Verdict, _: list[Verdict]) -> np.ndarray:
+        """Mean intersection over union of each picture's classes with the map, which is the last of `pictures`."""
+        colors = np.asarray(Image.open(PACK / "workflows" / self.pictures[-1]).convert("RGB"))
+        truth = np.abs(colors[:, :, None].astype(int) - portraits.CLASS_COLORS).sum(-1).argmin(-1)
+        return np.array([mean_iou(classes, truth)["mean"] for classes in verdict.class_map])
+
+    def style(self, verdict: Verdict, references: list[Verdict]) -> np.ndarray:
+        """Distance of Gram matrices: lower is better."""
+        return gram_distance(verdict, references[0]).numpy()
+
+    def face(self, verdict: Verdict, references: list[Verdict]) -> np.ndarray:
+        """Cosine similarity to the face of the first picture."""
+        return F.cosine_similarity(verdict.identity, references[0].identity).numpy()
+
+    def all_three(self, verdict: Verdict, references: list[Verdict]) -> np.ndarray:
+        return np.mean([score(verdict, references) for score in (self.attributes, self.overlap, self.face)], axis=0)
+
+
+FACE, MAP, STYLE = (f"sphereguide_{name}.png" for name in ("portrait", "map", "style"))
+STEERED = {
+    "toy_clip_text": Steered(
+        "red hair, round glasses, teal background",
+        "attributes found",
+        Steered.attributes,
+        wanted={"hair_color": "red", "glasses": "round", "background": "teal"},
+    ),
+    "toy_segmentation": Steered("this map", "mIoU", Steered.overlap, (MAP,)),
+    "toy_style": Steered("this style", "Gram distance", Steered.style, (STYLE,)),
+    "toy_text_style": Steered("this style, a prompt", "Gram distance", Steered.style, (STYLE,)),
+    "toy_faceid": Steered("this face", "face similarity", Steered.face, (FACE,)),
+    "toy_combined": Steered(
+        "blue hair, orange background, this face, this map",
+        "mean of all three",
+        Steered.all_three,
+        (FACE, MAP),
+        {"hair_color": "blue", "background": "orange"},
+    ),
+}
+DRAWN = 2  # pictures of each of these
+WEIGHTS = Path(__file__).parent / "weights"
 
 Prompt = dict[str, dict[str, Any]]
 
@@ -54,6 +133,10 @@ def preview_of(prompt: Prompt, class_type: str) -> str:
         if node["class_type"] == "PreviewImage" and node["inputs"]["images"][0] == source
     )
     return node_id
+
+
+def read(name: str) -> Prompt:
+    return json.loads((PACK / "workflows" / "api" / f"{name}.json").read_text("utf-8"))
 
 
 def batched(prompt: Prompt, pictures: list[str]) -> Prompt:
@@ -96,37 +179,69 @@ def psnr(image: np.ndarray, original: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / max(error, 1e-10)))
 
 
+CELL, GAP, FOOT, MARGIN = 128, 6, 18, 24
+
+
+class Sheet:
+    """The contact sheet: pictures in cells, with text."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.image = Image.new("RGB", size, "#f6f4f0")
+        self.draw = ImageDraw.Draw(self.image)
+        self.fonts = {size: ImageFont.load_default(size) for size in (19, 14, 11)}
+
+    def text(self, x: float, y: float, what: str, size: int = 14, fill: str = "#333333", anchor: str = "mm") -> None:
+        self.draw.text((x, y), what, font=self.fonts[size], fill=fill, anchor=anchor)
+
+    def picture(self, x: int, y: int, pixels: np.ndarray, below: str = "") -> None:
+        picture = Image.fromarray(pixels)
+        self.image.paste(picture.resize((CELL, CELL), Image.Resampling.NEAREST), (x, y))
+        self.text(x + CELL / 2, y + CELL + FOOT / 2 - 1, below, 11, "#777777")
+
+
 def contact_sheet(originals: list[np.ndarray], results: dict[str, dict[str, Any]]) -> Image.Image:
-    """A row a portrait: the original, then a block a workflow with degraded, unguided and guided."""
-    cell, gap, block_gap, head, foot, margin = 128, 6, 26, 66, 18, 24
-    left = [margin + cell + block_gap + block * (3 * cell + 2 * gap + block_gap) for block in range(len(results))]
-    width = left[-1] + 3 * cell + 2 * gap + margin
-    sheet = Image.new("RGB", (width, margin + head + len(originals) * (cell + foot) + margin), "#f6f4f0")
-    draw = ImageDraw.Draw(sheet)
-    title, label, small = (ImageFont.load_default(size) for size in (19, 14, 11))
+    """A row a portrait: the original, then for each workflow that restores degraded, unguided and guided. Below, a row
+    for each workflow that steers: what it steers by, pictures without guidance, and the same seeds with it."""
+    restored = {name: results[name] for name in RESTORED}
+    head, block_gap = 66, 26
+    blocks = [MARGIN + CELL + block_gap + n * (3 * CELL + 2 * GAP + block_gap) for n in range(len(restored))]
+    below = MARGIN + head + len(originals) * (CELL + FOOT) + 10
+    width = blocks[-1] + 3 * CELL + 2 * GAP + MARGIN
+    sheet = Sheet((width, below + head + len(STEERED) * (CELL + FOOT) + MARGIN))
 
-    def text(x: float, y: float, what: str, font: Any, fill: str = "#333333") -> None:
-        draw.text((x, y), what, font=font, fill=fill, anchor="mm")
-
-    text(margin + cell / 2, margin + head - 14, "original", label)
-    for x0, (name, result) in zip(left, results.items(), strict=True):
-        text(x0 + 1.5 * cell + gap, margin + 12, WORKFLOWS[name], title, "#111111")
+    sheet.text(MARGIN + CELL / 2, MARGIN + head - 14, "original")
+    for x0, (name, result) in zip(blocks, restored.items(), strict=True):
+        sheet.text(x0 + 1.5 * CELL + GAP, MARGIN + 12, RESTORED[name], 19, "#111111")
         gain = np.mean(result["psnr_guided"]) - np.mean(result["psnr_unguided"])
-        text(x0 + 1.5 * cell + gap, margin + 32, f"guidance: {gain:+.1f} dB", small, "#777777")
+        sheet.text(x0 + 1.5 * CELL + GAP, MARGIN + 32, f"guidance: {gain:+.1f} dB", 11, "#777777")
         for column, stage in enumerate(STAGES):
-            text(x0 + column * (cell + gap) + cell / 2, margin + head - 14, stage, label)
+            sheet.text(x0 + column * (CELL + GAP) + CELL / 2, MARGIN + head - 14, stage)
     for row, original in enumerate(originals):
-        y = margin + head + row * (cell + foot)
-        sheet.paste(Image.fromarray(original), (margin, y))
-        for x0, result in zip(left, results.values(), strict=True):
+        y = MARGIN + head + row * (CELL + FOOT)
+        sheet.picture(MARGIN, y, original)
+        for x0, result in zip(blocks, restored.values(), strict=True):
             for column, stage in enumerate(STAGES):
-                x = x0 + column * (cell + gap)
-                picture = Image.fromarray(result["pictures"][stage][row])
-                sheet.paste(picture.resize((cell, cell), Image.Resampling.NEAREST), (x, y))
-                if stage != "degraded":
-                    decibel = result[f"psnr_{stage}"][row]
-                    text(x + cell / 2, y + cell + foot / 2 - 1, f"{decibel:.1f} dB", small, "#777777")
-    return sheet
+                note = "" if stage == "degraded" else f"{result[f'psnr_{stage}'][row]:.1f} dB"
+                sheet.picture(x0 + column * (CELL + GAP), y, result["pictures"][stage][row], note)
+
+    right = width - MARGIN - DRAWN * (CELL + GAP) + GAP
+    middle = right - block_gap - DRAWN * (CELL + GAP) + GAP
+    sheet.text(MARGIN, below + head - 14, "steered by", anchor="lm")
+    for x0, title in ((middle, "unguided"), (right, "guided, the same seeds")):
+        sheet.text(x0 + (DRAWN * (CELL + GAP) - GAP) / 2, below + head - 14, title)
+    for row, (name, task) in enumerate(STEERED.items()):
+        y, result = below + head + row * (CELL + FOOT), results[name]
+        for column, file in enumerate(task.pictures):
+            sheet.picture(MARGIN + column * (CELL + GAP), y, load([(PACK / "workflows" / file).read_bytes()])[0])
+        x = MARGIN + len(task.pictures) * (CELL + GAP) + (10 if task.pictures else 0)
+        lines = textwrap.wrap(task.title, 24)
+        for line, what in enumerate(lines):
+            sheet.text(x, y + CELL / 2 + (line - len(lines) / 2) * 20, what, 14, anchor="lm")
+        sheet.text(x, y + CELL / 2 + (len(lines) / 2) * 20 + 4, task.score, 11, "#777777", "lm")
+        for x0, stage in ((middle, "unguided"), (right, "guided")):
+            for column, pixels in enumerate(result["pictures"][stage]):
+                sheet.picture(x0 + column * (CELL + GAP), y, pixels, f"{result[f'score_{stage}'][column]:.2f}")
+    return sheet.image
 
 
 # The run
@@ -152,20 +267,16 @@ def follow(server: ComfyServer, prompt: Prompt, title: str) -> Run:
     return run
 
 
-def run_workflow(server: ComfyServer, name: str, originals: list[np.ndarray], pictures: list[str], out: Path) -> dict:
-    """Run one workflow with and without guidance, write its pictures, and measure them."""
-    guided_prompt = batched(json.loads((PACK / "workflows" / "api" / f"{name}.json").read_text("utf-8")), pictures)
-    save = node_of(guided_prompt, "SaveImage")
+def run_workflow(server: ComfyServer, name: str, prompt: Prompt, count: int, out: Path) -> dict[str, Any]:
+    """Run one workflow with and without guidance, and write its pictures."""
     runs = {
-        stage: follow(server, prompt, f"{name}, {stage}, {len(originals)} portraits")
-        for stage, prompt in (("unguided", unguided(guided_prompt)), ("guided", guided_prompt))
+        stage: follow(server, variant, f"{name}, {stage}, {count} portraits")
+        for stage, variant in (("unguided", unguided(prompt)), ("guided", prompt))
     }
-    degraded = preview_of(guided_prompt, "SphereGuideDegradeImage")
-    files = {
-        "degraded": server.images(runs["unguided"], degraded),
-        "unguided": server.images(runs["unguided"], save),
-        "guided": server.images(runs["guided"], save),
-    }
+    save = node_of(prompt, "SaveImage")
+    files = {stage: server.images(run, save) for stage, run in runs.items()}
+    if name in RESTORED:
+        files = {"degraded": server.images(runs["unguided"], preview_of(prompt, "SphereGuideDegradeImage"))} | files
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -177,16 +288,38 @@ def run_workflow(server: ComfyServer, name: str, originals: list[np.ndarray], pi
             if stage == "degraded":  # beside the portraits, for Load Image
                 (server.input / f"{name}_{index}.png").write_bytes(content)
     curves = folder / "guidance_report.png"
-    curves.write_bytes(server.images(runs["guided"], preview_of(guided_prompt, "SphereGuideReport"))[0])
-    result: dict[str, Any] = {
+    curves.write_bytes(server.images(runs["guided"], preview_of(prompt, "SphereGuideReport"))[0])
+    return {
         "pictures": {stage: load(contents) for stage, contents in files.items()},
         "seconds": round(runs["guided"].seconds, 1),
         "seconds_unguided": round(runs["unguided"].seconds, 1),
         "images": [*written, curves.relative_to(out).as_posix()],
     }
+
+
+def restore(server: ComfyServer, name: str, originals: list[np.ndarray], files: list[str], out: Path) -> dict[str, Any]:
+    result = run_workflow(server, name, batched(read(name), files), len(files), out)
     for stage in ("unguided", "guided"):
         measured = zip(result["pictures"][stage], originals, strict=True)
         result[f"psnr_{stage}"] = [round(psnr(image, original), 2) for image, original in measured]
+    return result
+
+
+def steer(server: ComfyServer, name: str, task: Steered, judge: Judge, out: Path) -> dict[str, Any]:
+    for picture in task.pictures:
+        shutil.copy(PACK / "workflows" / picture, server.input)
+    prompt = read(name)
+    prompt[node_of(prompt, "EmptyLatentImage")]["inputs"]["batch_size"] = DRAWN
+    result = run_workflow(server, name, prompt, DRAWN, out)
+
+    def verdict(images: list[np.ndarray]) -> Verdict:
+        return judge.of(torch.from_numpy(np.stack(images)).movedim(-1, 1) / 255)
+
+    references = [verdict(load([(PACK / "workflows" / picture).read_bytes()])) for picture in task.pictures]
+    result["score"] = task.score
+    for stage in ("unguided", "guided"):
+        scores = task.from_judge(task, verdict(result["pictures"][stage]), references)
+        result[f"score_{stage}"] = [round(float(score), 3) for score in scores]
     return result
 
 
@@ -205,8 +338,6 @@ def describe_host(server: ComfyServer) -> dict[str, str]:
 
 
 def device() -> str:
-    import torch
-
     return "auto" if torch.cuda.is_available() or torch.backends.mps.is_available() else "cpu"
 
 
@@ -225,7 +356,9 @@ def demo(out: Path) -> None:
             with server:
                 print(f"{time.monotonic() - started:.0f} s", flush=True)
                 host = describe_host(server)
-                results = {name: run_workflow(server, name, originals, pictures, out) for name in WORKFLOWS}
+                results = {name: restore(server, name, originals, pictures, out) for name in RESTORED}
+                judge = load_judge(WEIGHTS)
+                results |= {name: steer(server, name, task, judge, out) for name, task in STEERED.items()}
         finally:
             shutil.copy(server.log_path, out / "comfyui.log")
     contact_sheet(originals, results).save(out / "contact_sheet.png")
@@ -237,11 +370,13 @@ def demo(out: Path) -> None:
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
-    print(f"\nMean PSNR to the original in dB, {COUNT} portraits\n")
-    print(f"  {'workflow':24}{'unguided':>10}{'guided':>10}{'gain':>10}")
+    print(f"\n  {'workflow':24}{'':>18}{'unguided':>10}{'guided':>10}")
     for name, result in results.items():
-        before, after = np.mean(result["psnr_unguided"]), np.mean(result["psnr_guided"])
-        print(f"  {name:24}{before:10.1f}{after:10.1f}{after - before:+10.1f}")
+        measure = "psnr" if name in RESTORED else "score"
+        before, after = (np.mean(result[f"{measure}_{stage}"]) for stage in ("unguided", "guided"))
+        what = "PSNR in dB" if name in RESTORED else result["score"]
+        digits = 1 if name in RESTORED else 2
+        print(f"  {name:24}{what:>18}{before:10.{digits}f}{after:10.{digits}f}")
     print(f"\n{out / 'contact_sheet.png'}\n{out / 'report.json'}\nDone in {time.monotonic() - started:.0f} s.")
 
 

@@ -1,9 +1,10 @@
-"""Trains the toy encoders that the losses look through, on the generator's portraits alone. From the repository's root:
+"""Trains the networks that the losses look through, and the judge, on portraits alone. From the root:
 
     python -m demo.train_encoders clip   --work DIR      # open_clip: two towers, open_clip's own tokenizer
     python -m demo.train_encoders seg    --work DIR      # SegFormer (transformers)
     python -m demo.train_encoders face   --work DIR      # timm network, trained to tell identities apart
-    python -m demo.train_encoders export --work DIR      # folders in demo/weights that the loader nodes load
+    python -m demo.train_encoders judge  --work DIR      # what the results are measured with, demo/judge.py
+    python -m demo.train_encoders export --work DIR      # demo/weights: folders that the loader nodes load, the judge
     python -m demo.train_encoders card   --work DIR      # the figures of MODEL_CARD.md, on portraits never seen
 
 Runs resume like those of `demo.train`. The networks see softened portraits (blur and noise of random strength), since
@@ -13,9 +14,11 @@ they will judge estimates in the middle of sampling.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import json
-import math
 import multiprocessing
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +27,13 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import portraits
+from . import judge, portraits
 from .evaluate import mentioned, soften, to_tensor
 from .train import fit, parse
 
 SIZE = 16384
 """Portraits of TRAIN_SEEDS that the open_clip model and the SegFormer learn from."""
 TEST = 512
-IDENTITIES = 1500
-VIEWS = 10
-"""Pictures of each identity that the face encoder learns from."""
 UNSEEN = 1_000_000
 """The first identity that the verification test draws, far from those of the training."""
 FACE_BOX = (0.2, 0.26, 0.8, 0.86)
@@ -46,7 +46,7 @@ CLIP_CONFIG = {
     "model_cfg": {
         "embed_dim": 64,
         "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 64, "layers": 4, "head_width": 32, "mlp_ratio": 4.0},
-        "text_cfg": {"context_length": 40, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 3},
+        "text_cfg": {"context_length": 40, "vocab_size": 49408, "width": 40, "heads": 2, "layers": 3},
     },
     "preprocess_cfg": {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "squash"},
 }
@@ -170,15 +170,6 @@ def class_logits(model: nn.Module, x: Tensor) -> Tensor:
     return F.interpolate(model(normalised(x)).logits, size=x.shape[-2:], mode="bilinear")
 
 
-def mean_iou(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Intersection over union of each class over all pictures, and their mean."""
-    result = {}
-    for i, name in enumerate(portraits.CLASSES):
-        both, either = ((predicted == i) & (truth == i)).sum(), ((predicted == i) | (truth == i)).sum()
-        result[name] = float(both / either)
-    return result | {"mean": float(np.mean(list(result.values())))}
-
-
 def train_segmenter(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     model = build_segformer()
@@ -196,7 +187,7 @@ def train_segmenter(args: argparse.Namespace) -> None:
         with torch.no_grad():
             parts = to_tensor(held_out["images"][:64]).split(16)
             predicted = torch.cat([class_logits(average, part).argmax(1) for part in parts])
-        return {"miou": mean_iou(predicted.numpy(), held_out["classes"][:64])["mean"]}
+        return {"miou": judge.mean_iou(predicted.numpy(), held_out["classes"][:64])["mean"]}
 
     fit(args, "seg", model, loss, validate, lambda name, p: p.ndim == 2, weight_decay=0.01)
 
@@ -204,10 +195,35 @@ def train_segmenter(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------------------------ face
 
 
+def traits(seeds: Iterable[int]) -> Tensor:
+    """What makes these people, [N, 17]: the geometry of the face, and the colours of skin and eyes, standardised.
+
+    A network that tells these is one that tells people apart, after far fewer pictures than one that learns it from
+    names.
+    """
+    mean, std = _moments()
+    return torch.from_numpy((_raw_traits(seeds) - mean) / std).float()
+
+
+def _raw_traits(seeds: Iterable[int]) -> np.ndarray:
+    rows = []
+    for seed in seeds:
+        who = dataclasses.asdict(portraits.sample_identity(seed))
+        skin, eyes = np.mean(portraits.SKINS[who.pop("skin")]), portraits.EYES[who.pop("eyes")]
+        rows.append([*who.values(), skin, *eyes])
+    return np.array(rows)
+
+
+@functools.cache
+def _moments() -> tuple[np.ndarray, np.ndarray]:
+    raw = _raw_traits(range(10_000_000, 10_004_096))
+    return raw.mean(0), raw.std(0)
+
+
 def build_face() -> nn.Module:
     import timm
 
-    return timm.create_model(FACE_MODEL, num_classes=0)
+    return timm.create_model(FACE_MODEL, num_classes=judge.TRAITS)
 
 
 def face_crop(x: Tensor, rng: torch.Generator | None = None) -> Tensor:
@@ -237,52 +253,71 @@ def views(first: int, identities: int, count: int, work: Path) -> np.ndarray:
 
 
 def train_face(args: argparse.Namespace) -> None:
-    """ArcFace (Deng et al., arXiv 1801.07698): a softmax over identities with an angular margin."""
     torch.manual_seed(args.seed)
-    encoder = build_face()
-    with torch.no_grad():
-        width = encoder(torch.zeros(2, 3, FACE_SIZE, FACE_SIZE)).shape[1]
-    centres = nn.Linear(width, IDENTITIES, bias=False)
-    model = nn.ModuleDict({"encoder": encoder, "centres": centres})
-    data, unseen = views(0, IDENTITIES, VIEWS, args.work), views(UNSEEN, 64, 4, args.work)
-    batch = args.batch // args.workers
-    margin, scale = 0.2, 24.0
+    model = build_face()
+    seeds = portraits.TRAIN_SEEDS[:SIZE]
+    data, unseen = portraits_of(seeds, args.work), views(UNSEEN, 64, 4, args.work)
+    truth = traits(seeds)
 
     def loss(step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        who, which = (torch.randint(n, (batch,), generator=rng) for n in (IDENTITIES, VIEWS))
-        x = soften(to_tensor(data[who.numpy(), which.numpy()]), rng)
-        cosine = F.linear(F.normalize(encoder(normalised(face_crop(x, rng)))), F.normalize(centres.weight))
-        angle = cosine.clamp(-1 + 1e-6, 1 - 1e-6).acos()
-        right = F.one_hot(who, IDENTITIES).bool()
-        logits = scale * torch.where(right, (angle + margin).clamp(max=math.pi), angle).cos()
-        return F.cross_entropy(logits, who), {"train_accuracy": float((cosine.argmax(1) == who).float().mean())}
+        index = draws(rng, len(seeds), args.batch)
+        x = soften(to_tensor(data["images"][index]), rng)
+        return F.mse_loss(model(normalised(face_crop(x, rng))), truth[index]), {}
 
     def validate(average: nn.Module) -> dict[str, float]:
         average.eval()
-        return {"auc": verification(average["encoder"], unseen)["auc"]}
+        return {"auc": verification(face_embedding(average), unseen)["auc"]}
 
     fit(args, "face", model, loss, validate, lambda name, p: p.ndim == 4 and p.shape[1] > 3, weight_decay=0.01)
 
 
 @torch.no_grad()
-def verification(encoder: nn.Module, pictures: np.ndarray) -> dict[str, float]:
-    """Same person or not, for all pairs of `pictures` [identities, views, …]: ROC AUC, and acceptance at FAR 1 %."""
+def verification(embed: Callable[[Tensor], Tensor], pictures: np.ndarray) -> dict[str, float]:
+    """How well embeddings of portraits [B, 3, 128, 128] tell people apart: `pictures` [identities, views, …]."""
     people, count = pictures.shape[:2]
     x = to_tensor(np.asarray(pictures).reshape(-1, *pictures.shape[2:]))
-    embeddings = torch.cat([F.normalize(encoder(normalised(face_crop(part)))) for part in x.split(64)])
-    who = torch.arange(people).repeat_interleave(count)
-    i, j = torch.triu_indices(len(who), len(who), 1)
-    score, same = (embeddings @ embeddings.T)[i, j], who[i] == who[j]
-    ranks = torch.empty(len(score), dtype=torch.float64)
-    ranks[score.argsort()] = torch.arange(1, len(score) + 1, dtype=torch.float64)
-    positives, negatives = int(same.sum()), int((~same).sum())
-    auc = (float(ranks[same].sum()) - positives * (positives + 1) / 2) / (positives * negatives)
-    threshold = score[~same].sort().values[int(0.99 * negatives)]
-    return {
-        "auc": auc,
-        "accepted_at_far_1": float((score[same] > threshold).float().mean()),
-        "threshold": float(threshold),
-    }
+    embeddings = torch.cat([embed(part) for part in x.split(64)])
+    return judge.verification(embeddings, torch.arange(people).repeat_interleave(count))
+
+
+def face_embedding(encoder: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: encoder(normalised(face_crop(x)))
+
+
+# ----------------------------------------------------------------------------------------------------------- judge
+
+
+def train_judge(args: argparse.Namespace) -> None:
+    """Attributes, classes and identities at once."""
+    torch.manual_seed(args.seed + 1)
+    model = judge.Judge()
+    seeds = portraits.EVALUATOR_SEEDS[:8192]
+    data, held_out = portraits_of(seeds, args.work), portraits_of(portraits.VALIDATION_SEEDS[:256], args.work)
+    unseen, people = views(UNSEEN, 64, 4, args.work), traits(seeds)
+
+    def loss(step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        index = draws(rng, len(seeds), args.batch)
+        verdict = model(soften(to_tensor(data["images"][index]), rng))
+        truth = torch.from_numpy(data["labels"][index].astype(np.int64))
+        attributes = sum(F.cross_entropy(logits, truth[:, i]) for i, logits in enumerate(verdict.attributes))
+        classes = torch.from_numpy(data["classes"][index, 1::2, 1::2].astype(np.int64))
+        identity = F.mse_loss(verdict.identity, people[index])
+        return attributes + 4 * F.cross_entropy(verdict.classes, classes) + 4 * identity, {
+            "traits": float(identity.detach())
+        }
+
+    def validate(average: nn.Module) -> dict[str, float]:
+        average.eval()
+        verdict = average.of(to_tensor(held_out["images"]))
+        right = verdict.labels == held_out["labels"]
+        return {
+            "attributes": float(right.mean()),
+            "worst": float(right.mean(0).min()),
+            "miou": judge.mean_iou(verdict.class_map, held_out["classes"])["mean"],
+            "auc": verification(lambda x: average(x).identity, unseen)["auc"],
+        }
+
+    fit(args, "judge", model, loss, validate, lambda name, p: p.ndim == 4 and p.shape[1] > 3, weight_decay=0.02)
 
 
 # ---------------------------------------------------------------------------------------------------- export, card
@@ -301,19 +336,19 @@ def half(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def export(args: argparse.Namespace) -> None:
-    """One folder for each loader node: models/open_clip, models/segmentation, models/face_encoders."""
+def export_clip(args: argparse.Namespace, folder: Path) -> None:
     clip = averaged(args, "clip", build_clip())
     used = tokenise([portraits.caption(portraits.sample(s), np.random.default_rng(s)) for s in range(20_000)]).unique()
     table = clip.token_embedding.weight
     with torch.no_grad():
         table[[i for i in range(len(table)) if i not in set(used.tolist())]] = 0  # words that it never saw say nothing
-    folder = args.out / "open_clip" / "toy_portraits"
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(half(clip), folder / "open_clip_model.safetensors")
+    # Nearly all of the file is the table of words, most of them unused: 8 bits are enough for the others.
+    words = {"token_embedding.weight": table.detach().to(torch.float8_e4m3fn)}
+    save_file(half(clip) | words, folder / "open_clip_model.safetensors")
     (folder / "open_clip_config.json").write_text(json.dumps(CLIP_CONFIG, indent=1) + "\n")
 
-    folder = args.out / "segmentation" / "toy_portraits"
+
+def export_segmenter(args: argparse.Namespace, folder: Path) -> None:
     segformer = averaged(args, "seg", build_segformer()).half()
     segformer.config.palette = [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in portraits.CLASS_COLORS]
     segformer.save_pretrained(folder)
@@ -326,16 +361,14 @@ def export(args: argparse.Namespace) -> None:
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=1) + "\n")
 
-    folder = args.out / "face_encoders" / "toy_portraits"
-    folder.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad():
-        width = build_face()(torch.zeros(2, 3, FACE_SIZE, FACE_SIZE)).shape[1]
-    both = nn.ModuleDict({"encoder": build_face(), "centres": nn.Linear(width, IDENTITIES, bias=False)})
-    save_file(half(averaged(args, "face", both)["encoder"]), folder / "model.safetensors")
+
+def export_face(args: argparse.Namespace, folder: Path) -> None:
+    face = averaged(args, "face", build_face())
+    save_file(half(face), folder / "model.safetensors")
     config = {
         "architecture": FACE_MODEL,
-        "num_classes": 0,
-        "num_features": width,
+        "num_classes": judge.TRAITS,
+        "num_features": face.num_features,
         "pretrained_cfg": {
             "input_size": [3, FACE_SIZE, FACE_SIZE],
             "mean": MEAN,
@@ -344,7 +377,25 @@ def export(args: argparse.Namespace) -> None:
         },
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    for path in sorted(args.out.glob("*/toy_portraits/*.safetensors")):
+
+
+def export_judge(args: argparse.Namespace, folder: Path) -> None:
+    save_file(half(averaged(args, "judge", judge.Judge())), folder / judge.FILE)
+
+
+def export(args: argparse.Namespace) -> None:
+    """What is trained, as the folders that the loader nodes read (models/open_clip and its like), and the judge."""
+    for name, write, place in (
+        ("clip", export_clip, "open_clip/toy_portraits"),
+        ("seg", export_segmenter, "segmentation/toy_portraits"),
+        ("face", export_face, "face_encoders/toy_portraits"),
+        ("judge", export_judge, "."),
+    ):
+        if (args.work / f"{name}.pt").exists():
+            folder = args.out / place
+            folder.mkdir(parents=True, exist_ok=True)
+            write(args, folder)
+    for path in sorted(args.out.glob("**/*.safetensors")):
         print(f"{path}  {path.stat().st_size / 1e6:.2f} MB")
 
 
@@ -362,23 +413,37 @@ def card(args: argparse.Namespace) -> None:
     rank = (order == torch.arange(len(order))[:, None]).float().argmax(1)
     segformer = averaged(args, "seg", build_segformer())
     predicted = torch.cat([class_logits(segformer, part).argmax(1) for part in x.split(16)])
-    width = torch.load(args.work / "face.pt", weights_only=True)["average"]["centres.weight"].shape[1]
-    both = nn.ModuleDict({"encoder": build_face(), "centres": nn.Linear(width, IDENTITIES, bias=False)})
+    people = views(UNSEEN + 64, 200, 5, args.work)
     report = {
         "n": TEST,
         "retrieval": {f"top{k}": float((rank < k).float().mean()) for k in (1, 5)} | {"chance": 1 / TEST},
-        "iou": mean_iou(predicted.numpy(), data["classes"]),
-        "verification": verification(averaged(args, "face", both)["encoder"], views(UNSEEN + 64, 200, 5, args.work)),
+        "iou": judge.mean_iou(predicted.numpy(), data["classes"]),
+        "verification": verification(face_embedding(averaged(args, "face", build_face())), people),
+    }
+    verdict = (judging := averaged(args, "judge", judge.Judge())).of(x)
+    right = (verdict.labels == data["labels"]).mean(0)
+    report["judge"] = {
+        "attributes": dict(zip(portraits.ATTRIBUTES, map(float, right), strict=True)),
+        "iou": judge.mean_iou(verdict.class_map, data["classes"]),
+        "verification": verification(lambda x: judging(x).identity, people),
     }
     (args.work / "encoders.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
 
 
-COMMANDS = {"clip": train_clip, "seg": train_segmenter, "face": train_face, "export": export, "card": card}
+COMMANDS = {
+    "clip": train_clip,
+    "seg": train_segmenter,
+    "face": train_face,
+    "judge": train_judge,
+    "export": export,
+    "card": card,
+}
 DEFAULTS = {
-    "clip": {"steps": 3000, "batch": 64, "lr": 1e-3, "muon": 1.0, "ema": 0.998},
+    "clip": {"steps": 2000, "batch": 64, "lr": 1e-3, "muon": 1.0, "ema": 0.998},
     "seg": {"steps": 1500, "batch": 16, "lr": 2e-3, "muon": 0.0, "ema": 0.995},
-    "face": {"steps": 2500, "batch": 64, "lr": 2e-3, "muon": 0.0, "ema": 0.995},
+    "face": {"steps": 2000, "batch": 64, "lr": 2e-3, "muon": 0.0, "ema": 0.995},
+    "judge": {"steps": 1500, "batch": 32, "lr": 2e-3, "muon": 0.5, "ema": 0.995},
 }
 
 

@@ -17,6 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+OWN = Path(__file__).resolve().parent.parent / "demo" / "weights"
+"""Networks that come with the pack, in folders named like those of `models`."""
+
 __all__ = ["choices", "load_weights", "managed", "models_folder", "needs", "path_of"]
 
 
@@ -36,22 +39,23 @@ def models_folder(name: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     registry = folder_paths.folder_names_and_paths
     paths, extensions = registry[name] if name in registry else ([], set())  # noqa: SIM401 (no dict in 2024: no `get`)
-    own = Path(__file__).resolve().parent.parent / "demo" / "weights" / name
-    paths = [*dict.fromkeys((*paths, str(folder), *([str(own)] if own.is_dir() else [])))]
+    own = [str(OWN / name)] if (OWN / name).is_dir() else []
+    paths = [*dict.fromkeys((*paths, str(folder), *own))]
     registry[name] = (paths, {*extensions, *folder_paths.supported_pt_extensions})
 
 
 def choices(name: str, contains: str = "config.json") -> list[str]:
     """What lies under `models/<name>`: weights files, and folders (with a `/` behind them) that hold `contains`."""
-    found = set()
-    for root in map(Path, folder_paths.get_folder_paths(name)):
+    found: dict[str, None] = {}
+    for root in map(Path, folder_paths.get_folder_paths(name)):  # the pack's own is the last, and no one's default
         folders = sorted(path.parent for path in root.glob(f"**/{contains}") if path.parent != root)
-        found |= {f"{folder.relative_to(root).as_posix()}/" for folder in folders}
+        here = {f"{folder.relative_to(root).as_posix()}/" for folder in folders}
         for path in root.glob("**/*"):
             inside = any(folder in path.parents for folder in folders)
             if path.suffix in folder_paths.supported_pt_extensions and not inside:
-                found.add(path.relative_to(root).as_posix())
-    return sorted(found)
+                here.add(path.relative_to(root).as_posix())
+        found |= dict.fromkeys(sorted(here))
+    return list(found)
 
 
 def path_of(name: str, choice: str, title: str, advice: str = "") -> Path:

@@ -61,6 +61,7 @@ def models(monkeypatch, tmp_path):
     import huggingface_hub.constants
 
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
+    monkeypatch.setattr("sphereguide.models.network.OWN", tmp_path)
     registry = folder_paths.folder_names_and_paths
     registry = getattr(registry, "contents", registry)  # PyPI's host keeps its own class around the dict
     monkeypatch.setitem(registry, "open_clip", None)

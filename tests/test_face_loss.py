@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-from pathlib import Path
 
 import folder_paths
 import pytest
@@ -32,12 +30,12 @@ BOX = (0.25, 0.125, 0.75, 0.875)
 
 
 @pytest.fixture
-def folder():
+def folder(tmp_path, monkeypatch):
     """models/face_encoders, empty."""
-    folder = Path(folder_paths.get_folder_paths("face_encoders")[0])
-    yield folder
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    folder = tmp_path / "face_encoders"
+    folder.mkdir()
+    monkeypatch.setattr(folder_paths, "get_folder_paths", {"face_encoders": [str(folder)]}.__getitem__)
+    return folder
 
 
 def write_timm(folder, name="arcface", num_classes=16, **changes):

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import shutil
 
+import folder_paths
 import numpy as np
 import pytest
 import torch
-from sphereguide.demo import portraits, toy_portraits
+import torch.nn.functional as F
+from sphereguide.demo import judge, portraits, toy_portraits
+from sphereguide.models import network
+from sphereguide.nodes.clip import LoadOpenCLIP
+from sphereguide.nodes.face import LoadFaceEncoder
+from sphereguide.nodes.segmentation import LoadSegmentationModel
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +100,46 @@ def test_samples_have_the_colours_of_the_prompt(toy):
         corners = torch.cat([image[:40, :10].reshape(-1, 3), image[:40, -10:].reshape(-1, 3)]).median(0).values
         assert int(corners.argmax()) == background
         assert int(image[27:34, 54:74].reshape(-1, 3).median(0).values.argmax()) == hair
+
+
+def test_the_loaders_offer_the_toy_networks_behind_the_users_own(tmp_path, monkeypatch):
+    for loader, folder in (
+        (LoadOpenCLIP, "open_clip"),
+        (LoadSegmentationModel, "segmentation"),
+        (LoadFaceEncoder, "face_encoders"),
+    ):
+        name = next(iter(loader.INPUT_TYPES()["required"]))
+        assert "toy_portraits/" in loader.INPUT_TYPES()["required"][name][0]
+        own = network.OWN / folder
+        (tmp_path / "zebra.safetensors").touch()
+        monkeypatch.setattr(folder_paths, "get_folder_paths", {folder: [str(tmp_path), str(own)]}.__getitem__)
+        assert network.choices(folder, "*config.json") == ["zebra.safetensors", "toy_portraits/"]
+        monkeypatch.undo()
+
+
+def test_the_toy_open_clip_model_finds_the_caption_of_a_portrait():
+    seeds = portraits.TEST_SEEDS[6000:6032]
+    captions = [portraits.caption(portraits.sample(seed)) for seed in seeds]
+    images = torch.from_numpy(np.stack([portraits.render(seed) for seed in seeds])).movedim(-1, 1).float() / 255
+    with torch.inference_mode():
+        (clip,) = LoadOpenCLIP().load("toy_portraits/", "fp32")
+        similarity = clip.embed_images(images) @ clip.embed_texts(captions).T
+    assert (similarity.argmax(1) == torch.arange(32)).float().mean() > 0.9
+
+
+def test_the_toy_segformer_and_the_toy_face_encoder_see_what_is_there():
+    people = [portraits.sample(view, identity=4_000_000 + who) for who in range(24) for view in (1, 2)]
+    images = torch.from_numpy(np.stack([portraits.render(p) for p in people])).movedim(-1, 1).float() / 255
+    with torch.inference_mode():
+        segmenter, labels = LoadSegmentationModel().load("toy_portraits/")
+        (face,) = LoadFaceEncoder().load("toy_portraits/", "output")
+        logits = F.interpolate(segmenter.network(images[:16]), size=(128, 128), mode="bilinear")
+        left, top, right, bottom = (round(128 * share) for share in (0.2, 0.26, 0.8, 0.86))
+        crops = F.interpolate(
+            images[..., top:bottom, left:right], size=face.network.size, mode="bicubic", antialias=True
+        )
+        embeddings = face.network(crops)
+    assert [line.partition("=")[0] for line in labels.splitlines()] == list(portraits.CLASSES)
+    truth = np.stack([portraits.segment(person) for person in people[:16]])
+    assert judge.mean_iou(logits.argmax(1).numpy(), truth)["mean"] > 0.75
+    assert judge.verification(embeddings, torch.arange(24).repeat_interleave(2))["auc"] > 0.9
