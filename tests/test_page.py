@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from comfy_server import ComfyServer
-from run import load, node_of
+from sphereguide.demo.run import RESTORED, STEERED, load, node_of
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -34,7 +34,7 @@ def reason_to_skip() -> str:
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.skipif(reason_to_skip() != "", reason=reason_to_skip())]
 
 
-@pytest.mark.parametrize("name", ["toy_inpainting", "toy_super_resolution", "toy_deblur"])
+@pytest.mark.parametrize("name", [*RESTORED, *STEERED])
 def test_workflow_dropped_on_the_page_gives_the_picture_of_its_api_twin(
     comfy_server: ComfyServer, name: str, tmp_path: Path
 ) -> None:
@@ -46,7 +46,8 @@ def test_workflow_dropped_on_the_page_gives_the_picture_of_its_api_twin(
     node["widgets_values"][1] = 4
     (dropped := tmp_path / f"{name}.json").write_text(json.dumps(workflow), encoding="utf-8")
 
-    shutil.copy(ROOT / "workflows" / "sphereguide_portrait.png", comfy_server.input)
+    for picture in (ROOT / "workflows").glob("sphereguide_*.png"):
+        shutil.copy(picture, comfy_server.input)
     earlier = comfy_server.get_json("/history").keys()
     page = subprocess.run(
         ["node", str(ROOT / "tests" / "page.cjs"), comfy_server.url, str(dropped)],

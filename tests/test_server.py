@@ -14,8 +14,8 @@ import pytest
 import torch
 from comfy_server import ComfyServer, ExecutionError, Interrupted, PromptRejected
 from PIL import Image
-from run import WORKFLOWS, Prompt, batched, load, node_of, psnr, unguided
 from safetensors.torch import load_file
+from sphereguide.demo.run import RESTORED, Prompt, batched, load, node_of, psnr, unguided
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ["portrait_0.png", "portrait_1.png"]
@@ -73,7 +73,7 @@ def test_pack_loads_from_a_folder_with_a_hyphen(server: ComfyServer) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", WORKFLOWS)
+@pytest.mark.parametrize("name", RESTORED)
 def test_guidance_brings_the_picture_closer_to_the_original(server: ComfyServer, name: str) -> None:
     prompt = workflow(name, steps=30)
     (before,), (after,) = pictures(server, unguided(prompt)), pictures(server, prompt)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from comfy_server import ComfyServer
 from PIL import Image
+from sphereguide.demo.run import RESTORED, STEERED, load, node_of, unguided
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
@@ -34,7 +37,7 @@ def build() -> Any:
 def test_files_are_what_the_script_writes(build: Any) -> None:
     for path, text in build.files().items():
         assert path.read_text(encoding="utf-8") == text, f"run workflows/build.py: {path.name} is not what it writes"
-    assert set(WORKFLOWS) == set(build.WORKFLOWS)
+    assert set(WORKFLOWS) == set(build.WORKFLOWS) == {*RESTORED, *STEERED}  # and the demo runs them all
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
@@ -43,8 +46,9 @@ def test_thumbnail_lies_beside_the_workflow(name: str) -> None:
         assert min(thumbnail.size) >= 256
 
 
-def test_picture_of_the_workflows_lies_beside_them(build: Any) -> None:
-    with Image.open(ROOT / "workflows" / build.PICTURE) as picture:
+@pytest.mark.parametrize("name", ["PICTURE", "MAP", "STYLE"])
+def test_picture_of_the_workflows_lies_beside_them(build: Any, name: str) -> None:
+    with Image.open(ROOT / "workflows" / getattr(build, name)) as picture:
         assert picture.size == (128, 128)
 
 
@@ -131,3 +135,18 @@ def test_sockets_are_those_of_this_host(comfy_server: ComfyServer, name: str) ->
         outputs = len(node["outputs"])  # newer hosts have added some at the end of core nodes
         assert [socket["type"] for socket in node["outputs"]] == info["output"][:outputs]
         assert [socket["name"] for socket in node["outputs"]] == info["output_name"][:outputs]
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("name", STEERED)
+def test_workflow_that_steers_runs_and_makes_another_picture_than_without_guidance(
+    comfy_server: ComfyServer, name: str
+) -> None:
+    for picture in STEERED[name].pictures:
+        shutil.copy(ROOT / "workflows" / picture, comfy_server.input)
+    prompt = read("api", f"{name}.json")
+    prompt[node_of(prompt, "BasicScheduler")]["inputs"]["steps"] = 3
+    save = node_of(prompt, "SaveImage")
+    guided, plain = (load(comfy_server.images(comfy_server.run(one), save))[0] for one in (prompt, unguided(prompt)))
+    assert guided.shape == (128, 128, 3)
+    assert np.abs(guided.astype(int) - plain).mean() > 1

@@ -4,8 +4,8 @@
 from the same list of nodes, the two cannot drift apart; `tests/test_workflows.py` checks that these files are what this
 script writes and, against a running ComfyUI, that the first converts to the second.
 
-`python workflows/build.py --pictures DIR` also makes their thumbnails and the portrait that they start from, out of
-what `quickstart.py demo --out DIR` wrote.
+It also draws the pictures that they start from. `python workflows/build.py --pictures DIR` makes their thumbnails too,
+out of what `quickstart.py demo --out DIR` wrote.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-PICTURE = "sphereguide_portrait.png"  # lies beside the workflows, for a person to drop on Load Image
+# These lie beside the workflows, for a person to drop on Load Image.
+PICTURE = "sphereguide_portrait.png"
+MAP = "sphereguide_map.png"
+STYLE = "sphereguide_style.png"
+STEPS = 30  # of the workflows that steer
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,32 @@ TYPES = {
         {"sampler": "SAMPLER", "loss": "GUIDANCE_LOSS", "vae": "VAE"},
         {"sampler": "SAMPLER", "trace": "GUIDANCE_TRACE"},
     ),
+    "SphereGuideCLIPTextLoss": Type({"open_clip_model": "OPEN_CLIP_MODEL"}, {"loss": "GUIDANCE_LOSS"}),
+    "SphereGuideCombineLosses": Type(
+        {f"loss_{number}": "GUIDANCE_LOSS" for number in (1, 2, 3, 4)}, {"loss": "GUIDANCE_LOSS"}
+    ),
     "SphereGuideDegradeImage": Type({"image": "IMAGE"}, {"image": "IMAGE", "mask": "MASK"}),
+    "SphereGuideFaceIDLoss": Type({"face_encoder": "FACE_ENCODER", "image": "IMAGE"}, {"loss": "GUIDANCE_LOSS"}),
     "SphereGuideGaussianDeblurLoss": Type({"image": "IMAGE"}, {"loss": "GUIDANCE_LOSS"}),
     "SphereGuideInpaintingLoss": Type({"image": "IMAGE", "mask": "MASK"}, {"loss": "GUIDANCE_LOSS"}),
+    "SphereGuideLoadFaceEncoder": Type({}, {"face_encoder": "FACE_ENCODER"}),
+    "SphereGuideLoadOpenCLIP": Type({}, {"open_clip_model": "OPEN_CLIP_MODEL"}),
+    "SphereGuideLoadSegmentationModel": Type({}, {"segmentation_model": "SEGMENTATION_MODEL", "labels": "STRING"}),
     "SphereGuideReport": Type(
         {"samples": "LATENT", "trace": "GUIDANCE_TRACE"}, {"samples": "LATENT", "report": "IMAGE"}
+    ),
+    "SphereGuideSegmentationLoss": Type(
+        {
+            "segmentation_model": "SEGMENTATION_MODEL",
+            "color_map": "IMAGE",
+            "mask": "MASK",
+            "target": "SEGMENTATION_TARGET",
+            "region": "MASK",
+        },
+        {"loss": "GUIDANCE_LOSS"},
+    ),
+    "SphereGuideStyleGramLoss": Type(
+        {"style": "IMAGE", "open_clip_model": "OPEN_CLIP_MODEL", "vgg": "VGG_FEATURES"}, {"loss": "GUIDANCE_LOSS"}
     ),
     "SphereGuideSuperResolutionLoss": Type({"image": "IMAGE"}, {"loss": "GUIDANCE_LOSS"}),
     "SphereGuideToyPortraits": Type({}, {"MODEL": "MODEL", "CLIP": "CLIP", "VAE": "VAE"}),
@@ -203,57 +228,41 @@ class Workflow:
         return TYPES[self.nodes[wire[0]].type].outputs[wire[1]]
 
 
-def restoration(
+def steered(
     name: str,
-    operator: str,
-    loss: str,
-    loss_widgets: dict[str, Any],
+    condition: dict[str, Node],
+    what: str,
+    note: str,
     guidance_rate: float,
     steps: int,
-    note: str,
+    prompt: str = "",
+    cfg: float = 1.0,
+    floor: int = 1040,
 ) -> Workflow:
-    """Degrades a portrait in a known way, and guides a model that never learnt restoration to undo that."""
-    measured = {"image": ("degrade", "image")}
-    if loss == "SphereGuideInpaintingLoss":
-        measured["mask"] = ("degrade", "mask")
+    """The model samples from `prompt`, and DSG Guidance steers it by the node called "loss" of `condition`.
+
+    `condition` is what makes that loss, in x from 380 to 1430 and in y from 540 (the loss: from 640) to `floor`, where
+    the VAE's wire runs. `what` is the title of its group.
+    """
     nodes = {
-        "note": Node("Note", (0, 0), (320, 560), {"text": paragraphs(note + HOW_TO)}, title="What this does"),
-        # The model; its VAE runs along the bottom.
+        "note": Node("Note", (0, 0), (320, 560), {"text": paragraphs(note)}, title="What this does"),
         "toy": Node("SphereGuideToyPortraits", (380, 0), (250, 70), title="Load Toy Portraits"),
-        "vae": Node("Reroute", (720, 1040), (75, 26), {}, {"": ("toy", "VAE")}),
-        "vae of guidance": Node("Reroute", (1380, 1040), (75, 26), {}, {"": ("vae", "")}),
-        "vae of result": Node("Reroute", (2420, 1040), (75, 26), {}, {"": ("vae of guidance", "")}),
+        "vae": Node("Reroute", (720, floor), (75, 26), {}, {"": ("toy", "VAE")}),
+        "vae of guidance": Node("Reroute", (1380, floor), (75, 26), {}, {"": ("vae", "")}),
+        "vae of result": Node("Reroute", (2420, floor), (75, 26), {}, {"": ("vae of guidance", "")}),
         "positive": Node(
-            "CLIPTextEncode", (760, 180), (300, 100), {"text": ""}, {"clip": ("toy", "CLIP")}, "Prompt (may be empty)"
+            "CLIPTextEncode",
+            (760, 180),
+            (300, 100),
+            {"text": prompt},
+            {"clip": ("toy", "CLIP")},
+            "Prompt" if prompt else "Prompt (may be empty)",
         ),
         "negative": Node(
             "CLIPTextEncode", (760, 335), (300, 100), {"text": ""}, {"clip": ("toy", "CLIP")}, "Negative prompt"
         ),
-        # The picture
-        "picture": Node("LoadImage", (380, 540), (250, 340), {"image": PICTURE}, title="Original picture"),
-        "degrade": Node(
-            "SphereGuideDegradeImage",
-            (760, 540),
-            (300, 300),
-            {
-                "operator": operator,
-                "mask_fraction": 0.5,
-                "factor": 4,
-                "kernel_size": 61,
-                "sigma": 3.0,
-                "noise": 0.025,
-                "seed": 1,
-                "length": 9.0,
-                "angle": 0.0,
-            },
-            {"image": ("picture", "IMAGE")},
-            "Degrade Image",
-        ),
+        **condition,
         # Guidance
-        "degraded": Node(
-            "PreviewImage", (1130, 760), (300, 240), {}, {"images": ("degrade", "image")}, "Degraded picture"
-        ),
-        "loss": Node(loss, (1130, 640), (300, 80), loss_widgets, measured),
         "select": Node("KSamplerSelect", (1130, 540), (300, 60), {"sampler_name": "euler_ancestral"}, title="Sampler"),
         "dsg": Node(
             "SphereGuideDSG",
@@ -284,7 +293,7 @@ def restoration(
             "SamplerCustom",
             (1900, 0),
             (300, 442),  # with the preview that the page puts into it
-            {"add_noise": True, "noise_seed": 7, "cfg": 1.0},
+            {"add_noise": True, "noise_seed": 7, "cfg": cfg},
             {
                 "model": ("toy", "MODEL"),
                 "positive": ("positive", "CONDITIONING"),
@@ -321,7 +330,7 @@ def restoration(
     }
     groups = [
         Group("Model and prompt", (360, -80, 720, 530), "#3f789e"),
-        Group("A picture, degraded in a known way", (360, 460, 720, 450), "#88A"),
+        Group(what, (360, 460, 720, floor - 590), "#88A"),
         Group("Guidance: the loss steers the sampler", (1110, 460, 730, 560), "#8A8"),
         Group("Sampling", (1500, -80, 720, 530), "#A88"),
         Group("Result", (2250, 170, 900, 810), "#b06634"),
@@ -329,7 +338,111 @@ def restoration(
     return Workflow(nodes, groups)
 
 
-HOW_TO = f"""
+def restoration(
+    name: str,
+    operator: str,
+    loss: str,
+    loss_widgets: dict[str, Any],
+    guidance_rate: float,
+    steps: int,
+    note: str,
+) -> Workflow:
+    """Degrades a portrait in a known way, and guides a model that never learnt restoration to undo that."""
+    measured = {"image": ("degrade", "image")}
+    if loss == "SphereGuideInpaintingLoss":
+        measured["mask"] = ("degrade", "mask")
+    condition = {
+        "picture": Node("LoadImage", (380, 540), (250, 340), {"image": PICTURE}, title="Original picture"),
+        "degrade": Node(
+            "SphereGuideDegradeImage",
+            (760, 540),
+            (300, 300),
+            {
+                "operator": operator,
+                "mask_fraction": 0.5,
+                "factor": 4,
+                "kernel_size": 61,
+                "sigma": 3.0,
+                "noise": 0.025,
+                "seed": 1,
+                "length": 9.0,
+                "angle": 0.0,
+            },
+            {"image": ("picture", "IMAGE")},
+            "Degrade Image",
+        ),
+        "degraded": Node(
+            "PreviewImage", (1130, 760), (300, 240), {}, {"images": ("degrade", "image")}, "Degraded picture"
+        ),
+        "loss": Node(loss, (1130, 640), (300, 80), loss_widgets, measured),
+    }
+    return steered(name, condition, "A picture, degraded in a known way", note + RESTORATION, guidance_rate, steps)
+
+
+TOY = "toy_portraits/"  # the folder in which each loader finds the network that comes with the demo
+
+
+def open_clip(y: int = 540, x: int = 760) -> Node:
+    return Node("SphereGuideLoadOpenCLIP", (x, y), (300, 90), {"model": TOY, "dtype": "fp32"})
+
+
+def text_loss(at: tuple[int, int], text: str) -> Node:
+    widgets = {
+        "text": text,
+        "negative_text": "",
+        "negative_weight": 0.5,
+        "distance": "spherical",
+        "cutouts": 4,
+        "min_size": 0.5,
+        "max_size": 1.0,
+        "augment": True,
+    }
+    return Node("SphereGuideCLIPTextLoss", at, (300, 350), widgets, {"open_clip_model": ("clip", "open_clip_model")})
+
+
+def picture_of(title: str, picture: str, y: int = 540) -> Node:
+    return Node("LoadImage", (380, y), (250, 340), {"image": picture}, title=title)
+
+
+def style_loss() -> Node:
+    layers = {"clip_layers": "3", "vgg_layers": "relu1_1, relu2_1, relu3_1, relu4_1, relu5_1", "vgg_size": 256}
+    wires = {"style": ("style", "IMAGE"), "open_clip_model": ("clip", "open_clip_model")}
+    return Node("SphereGuideStyleGramLoss", (1130, 640), (300, 180), layers, wires)
+
+
+def segmentation_loader(y: int = 540, x: int = 760) -> Node:
+    widgets = {"name": TOY, "architecture": "from the file name"}
+    return Node("SphereGuideLoadSegmentationModel", (x, y), (300, 100), widgets)
+
+
+def segmentation_loss(at: tuple[int, int]) -> Node:
+    widgets = {"class_name": "", "colors": "", "tolerance": 8, "unlabelled": ""}
+    wires = {"segmentation_model": ("segmenter", "segmentation_model"), "color_map": ("map", "IMAGE")}
+    return Node("SphereGuideSegmentationLoss", at, (300, 290), widgets, wires)
+
+
+def face_loader(y: int = 540, x: int = 760) -> Node:
+    return Node("SphereGuideLoadFaceEncoder", (x, y), (300, 90), {"name": TOY, "embedding": "output"})
+
+
+def face_loss(at: tuple[int, int]) -> Node:
+    """In the box in which the face encoder of Toy Portraits learnt to look: `FACE_BOX` of demo/train_encoders.py."""
+    widgets = {
+        "references": "average",
+        "crop": "fixed box",
+        "detect_every": 5,
+        "margin": 0.1,
+        "box_left": 0.2,
+        "box_top": 0.26,
+        "box_right": 0.8,
+        "box_bottom": 0.86,
+        "distance": "euclidean",
+    }
+    wires = {"face_encoder": ("encoder", "face_encoder"), "image": ("face", "IMAGE")}
+    return Node("SphereGuideFaceIDLoss", at, (300, 310), widgets, wires)
+
+
+RESTORATION = f"""
 Drop {PICTURE}, which lies beside this workflow, on Load Image, and queue.
 
 Turn these:
@@ -342,6 +455,23 @@ and the noise of the measurement shows.
 How guidance went: the loss should fall over the steps.
 
 Your own picture: a portrait of 128 x 128 pixels. Another size needs the same width and height in Empty Latent Image."""
+
+STEERING = """
+Turn these:
+- guidance_rate (DSG Guidance) is the strength. At 0 you see what the model paints on its own with this seed. Too high,
+and the picture pleases the network that judges it more than it pleases you.
+- steps (Steps): more steps give guidance more turns.
+- noise_seed (Sample): another picture that fits.
+
+How guidance went: the loss should fall over the steps.
+
+With your own checkpoint: put a network that was trained on photos in place of the Toy Portraits one, in its loader."""
+
+
+def drop(*pairs: tuple[str, str]) -> str:
+    """Which picture belongs on which Load Image."""
+    places = " and ".join(f"{picture} on {title}" for picture, title in pairs)
+    return f"\nDrop {places}, from the folder of this workflow, and queue.\n"
 
 
 def paragraphs(text: str) -> str:
@@ -389,6 +519,111 @@ sharpen them. Gaussian Deblur Loss blurs each estimate in the same way and compa
 the sampler so that the result agrees. Set the same kernel_size and sigma in Degrade Image and in the loss.
 """,
     ),
+    "toy_clip_text": steered(
+        "clip_text",
+        {"clip": open_clip(), "loss": text_loss((1130, 640), "a person with red hair, round glasses, teal background")},
+        "The network that judges",
+        """
+The prompt is empty. CLIP Text Loss asks an open_clip model how well each estimate agrees with the text in it, and DSG
+Guidance turns the sampler's noise so that the picture agrees better. This works with models that know no text at all.
+
+Queue, then change the text. Parts of it are joined by | and weighed: red hair | glasses:0.5
+"""
+        + STEERING,
+        guidance_rate=0.2,
+        steps=STEPS,
+    ),
+    "toy_segmentation": steered(
+        "segmentation",
+        {
+            "map": picture_of("Map of colours", MAP),
+            "segmenter": segmentation_loader(),
+            "loss": segmentation_loss((1130, 640)),
+        },
+        "What shall be where",
+        """
+A map says what shall be where, in colours that stand for hair, skin, clothes and so on. Segmentation Loss asks a
+network that names the class of each pixel how far each estimate is from that map, and DSG Guidance turns the sampler's
+noise so that the picture agrees.
+"""
+        + drop((MAP, "Map of colours"))
+        + STEERING,
+        guidance_rate=0.2,
+        steps=STEPS,
+    ),
+    "toy_style": steered(
+        "style",
+        {"style": picture_of("Picture of the style", STYLE), "clip": open_clip(), "loss": style_loss()},
+        "A style",
+        """
+Style Gram Loss compares which features of a network go together in each estimate, wherever they lie, with those of a
+picture: its colours and textures, not its subject. DSG Guidance turns the sampler's noise so that they agree.
+"""
+        + drop((STYLE, "Picture of the style"))
+        + STEERING,
+        guidance_rate=0.2,
+        steps=STEPS,
+    ),
+    "toy_text_style": steered(
+        "text_style",
+        {"style": picture_of("Picture of the style", STYLE), "clip": open_clip(), "loss": style_loss()},
+        "A style",
+        """
+The prompt says what to paint, and cfg sees to it as always; the style comes from a picture, through Style Gram Loss.
+The two don't know of each other: guidance adds to any workflow that samples.
+"""
+        + drop((STYLE, "Picture of the style"))
+        + STEERING,
+        guidance_rate=0.2,
+        steps=STEPS,
+        prompt="a laughing person with long hair, wearing square glasses",
+        cfg=3.0,
+    ),
+    "toy_faceid": steered(
+        "faceid",
+        {"face": picture_of("Reference face", PICTURE), "encoder": face_loader(), "loss": face_loss((1130, 640))},
+        "A face",
+        """
+FaceID Loss asks a face recognition network how far the face of each estimate is from that of a reference, and DSG
+Guidance turns the sampler's noise so that it is the same person: the shape of the face, not its hair or background.
+
+For photos set crop to detect, which finds the face by itself. Cartoons have theirs in a fixed box.
+"""
+        + drop((PICTURE, "Reference face"))
+        + STEERING,
+        guidance_rate=0.4,
+        steps=STEPS,
+    ),
+    "toy_combined": steered(
+        "combined",
+        {
+            "clip": open_clip(540, 380),
+            "face": picture_of("Reference face", PICTURE, 1070),
+            "encoder": face_loader(940, 380),
+            "map": picture_of("Map of colours", MAP, 1590),
+            "segmenter": segmentation_loader(1450, 380),
+            "text": text_loss((760, 540), "a person with blue hair, orange background"),
+            "identity": face_loss((760, 940)),
+            "layout": segmentation_loss((760, 1450)),
+            "loss": Node(
+                "SphereGuideCombineLosses",
+                (1130, 640),
+                (300, 240),
+                {"weight_1": 1.0, "weight_2": 1.0, "weight_3": 1.0, "weight_4": 1.0, "normalise": True},
+                {"loss_1": ("text", "loss"), "loss_2": ("identity", "loss"), "loss_3": ("layout", "loss")},
+            ),
+        },
+        "A text, a face and a layout",
+        """
+Three losses at once: the text says the colours, the reference who it is, the map what is where. Combine Losses gives
+each its weight; with normalise on, equal weights pull equally, whatever numbers the losses give.
+"""
+        + drop((PICTURE, "Reference face"), (MAP, "Map of colours"))
+        + STEERING,
+        guidance_rate=0.2,
+        steps=STEPS,
+        floor=2070,
+    ),
 }
 
 
@@ -404,20 +639,35 @@ def files() -> dict[Path, str]:
     }
 
 
-SHOWN = 1  # which of the demo's portraits
+SHOWN, STYLE_SHOWN, MAP_SHOWN = 1, 33, 38  # which of the demo's portraits
 
 
 def thumbnail(name: str, demo: Path) -> None:
-    """Degraded beside guided."""
+    """What guidance starts from beside what it makes of that: degraded, or else unguided, and guided."""
     from PIL import Image
 
+    before = "degraded" if (demo / name / f"{SHOWN}_degraded.png").exists() else "unguided"
     pair = Image.new("RGB", (512, 256))
-    for column, stage in enumerate(("degraded", "guided")):
+    for column, stage in enumerate((before, "guided")):
         with Image.open(demo / name / f"{SHOWN}_{stage}.png") as picture:
             nearest = picture.width < 128  # the small picture of super-resolution shows its pixels
             resample = Image.Resampling.NEAREST if nearest else Image.Resampling.LANCZOS
             pair.paste(picture.convert("RGB").resize((256, 256), resample), (256 * column, 0))
     pair.save(HERE / f"{name}.jpg", quality=88)
+
+
+def draw_pictures() -> None:
+    """What the workflows start from, drawn by the generator from seeds that nothing was trained on."""
+    sys.path.insert(0, str(HERE.parent / "demo"))
+    import portraits
+    from PIL import Image
+
+    Image.fromarray(portraits.render(portraits.DEMO_SEEDS[SHOWN])).save(HERE / PICTURE)
+    Image.fromarray(portraits.render(portraits.DEMO_SEEDS[STYLE_SHOWN])).save(HERE / STYLE)
+    classes = portraits.segment(portraits.DEMO_SEEDS[MAP_SHOWN])
+    colours = Image.fromarray(classes, mode="P")
+    colours.putpalette([channel for color in portraits.CLASS_COLORS for channel in color])
+    colours.convert("RGB").save(HERE / MAP, optimize=True)
 
 
 def main() -> None:
@@ -427,10 +677,9 @@ def main() -> None:
     for path, text in files().items():
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    if options.pictures:
-        shutil.copy(options.pictures / f"portrait_{SHOWN}.png", HERE / PICTURE)
-        for name in WORKFLOWS:
-            thumbnail(name, options.pictures)
+    draw_pictures()
+    for name in WORKFLOWS if options.pictures else ():
+        thumbnail(name, options.pictures)
 
 
 if __name__ == "__main__":

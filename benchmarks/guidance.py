@@ -1,0 +1,272 @@
+"""What guidance achieves, and what it costs in quality: by a judge that guided nothing, against strength.
+
+    python quickstart.py bench guidance [--quick] [--json FILE] [--tasks text face] [--strengths 0.1 0.2]
+
+Each sample has a target of its own: the caption, the class map, the style or the face of a test portrait, so that what
+is drawn spreads like the portraits do, and the Fréchet distance to them means quality. The prompt is empty, and all
+cells share their seeds. Losses are those of the nodes, at the nodes' own defaults. `success` is
+
+    text          the share of the caption's attributes that the judge finds
+    segmentation  mean intersection over union with the map
+    style         the distance of Gram matrices in the judge's features: lower is better
+    face          the share that the judge takes for the target's person, at a false acceptance rate of 1 %
+
+with a 95 % interval of the bootstrap. The row of strength 0 is unguided.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "demo")]
+from bootstrap import import_host, import_pack  # noqa: E402
+
+import_host(cpu=False)
+import_pack()
+
+import comfy.sample  # noqa: E402
+import comfy.samplers  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from result import Result  # noqa: E402
+from sphereguide.demo import judge as judging  # noqa: E402
+from sphereguide.demo import portraits, toy_portraits  # noqa: E402
+from sphereguide.losses.base import Loss, Step  # noqa: E402
+from sphereguide.nodes.clip import CLIPTextLoss, LoadOpenCLIP  # noqa: E402
+from sphereguide.nodes.face import FaceIDLoss, LoadFaceEncoder  # noqa: E402
+from sphereguide.nodes.guidance import DSGGuidance  # noqa: E402
+from sphereguide.nodes.segmentation import LoadSegmentationModel, SegmentationLoss  # noqa: E402
+from sphereguide.nodes.style import StyleGramLoss  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+TOY = "toy_portraits/"
+CHUNK = 16  # samples of a batch
+REFERENCES = 2048  # portraits that the Fréchet distance is to
+UNSEEN = range(1_001_000, 1_001_300)  # people of whom the judge's threshold is taken
+FACE_BOX = {"box_left": 0.2, "box_top": 0.26, "box_right": 0.8, "box_bottom": 0.86}
+MENTIONED = ("hair_color", "glasses", "background", "clothes")
+
+
+class PerSample(Loss):
+    """A loss of its own for each sample."""
+
+    def __init__(self, losses: list[Loss]) -> None:
+        super().__init__()
+        self.losses = torch.nn.ModuleList(losses)
+        self.patchers = losses[0].patchers
+
+    def forward(self, images: Tensor, step: Step | None = None) -> Tensor:
+        return torch.cat([loss(images[i : i + 1], step) for i, loss in enumerate(self.losses)])
+
+
+def defaults(node: type, **given: Any) -> dict[str, Any]:
+    """The widgets of a node, as the page has them when it is dropped there, with those that are `given`."""
+    values = {}
+    for name, (kind, *options) in node.INPUT_TYPES()["required"].items():
+        if isinstance(kind, list):
+            values[name] = kind[0]
+        elif options and "default" in options[0]:
+            values[name] = options[0]["default"]
+    return values | given
+
+
+def image(seed: int) -> Tensor:
+    """A portrait as an IMAGE, [1, 128, 128, 3]."""
+    return torch.from_numpy(portraits.render(seed))[None].float() / 255
+
+
+class Tasks:
+    """The losses of the targets `seeds`, by task, and their scores. Networks are loaded once, when they are needed."""
+
+    def __init__(self, judge: judging.Judge) -> None:
+        self.judge = judge
+
+    @functools.cached_property
+    def clip(self) -> Any:
+        with torch.inference_mode():
+            return LoadOpenCLIP().load(TOY, "fp32")[0]
+
+    @functools.cached_property
+    def segmenter(self) -> Any:
+        with torch.inference_mode():
+            return LoadSegmentationModel().load(TOY)[0]
+
+    @functools.cached_property
+    def face_encoder(self) -> Any:
+        with torch.inference_mode():
+            return LoadFaceEncoder().load(TOY, "output")[0]
+
+    @functools.cached_property
+    def verification(self) -> dict[str, float]:
+        """The judge's own, of people that nothing has seen: its threshold is what a sample has to pass."""
+        people = [portraits.sample(who * 10 + view, identity=who) for who in UNSEEN for view in (0, 1)]
+        seen = self.judge.of(pixels([portraits.render(person) for person in people])).identity
+        return judging.verification(seen, torch.arange(len(UNSEEN)).repeat_interleave(2))
+
+    @staticmethod
+    def caption(seed: int) -> str:
+        p = portraits.sample(seed)
+        glasses = "without glasses" if p.glasses == "none" else f"wearing {p.glasses} glasses"
+        return f"a person with {p.hair_color} hair, {glasses}, {p.clothes} clothes, {p.background} background"
+
+    def text(self, seeds: list[int]) -> Loss:
+        widgets = defaults(CLIPTextLoss, open_clip_model=self.clip)
+        return PerSample([CLIPTextLoss().make(**widgets | {"text": self.caption(seed)})[0] for seed in seeds])
+
+    def segmentation(self, seeds: list[int]) -> Loss:
+        colors = torch.tensor(portraits.CLASS_COLORS)
+        maps = torch.stack([colors[torch.from_numpy(portraits.segment(seed)).long()] for seed in seeds]).float() / 255
+        widgets = defaults(SegmentationLoss, segmentation_model=self.segmenter)
+        return SegmentationLoss().make(**widgets, color_map=maps)[0]
+
+    def style(self, seeds: list[int]) -> Loss:
+        widgets = defaults(StyleGramLoss, open_clip_model=self.clip)
+        return PerSample([StyleGramLoss().make(**widgets | {"style": image(seed)})[0] for seed in seeds])
+
+    def face(self, seeds: list[int]) -> Loss:
+        given = {"face_encoder": self.face_encoder, "references": "one per sample", "crop": "fixed box", **FACE_BOX}
+        widgets = defaults(FaceIDLoss) | given
+        return FaceIDLoss().make(**widgets, image=torch.cat([image(seed) for seed in seeds]))[0]
+
+    def success(self, task: str, verdict: judging.Verdict, seeds: list[int]) -> np.ndarray:
+        """One figure a sample."""
+        if task == "text":
+            truth = np.array([list(portraits.labels(portraits.sample(seed)).values()) for seed in seeds])
+            columns = [list(portraits.ATTRIBUTES).index(name) for name in MENTIONED]
+            return (verdict.labels == truth)[:, columns].mean(1)
+        if task == "segmentation":
+            pairs = zip(verdict.class_map, (portraits.segment(seed) for seed in seeds), strict=True)
+            return np.array([judging.mean_iou(classes, truth)["mean"] for classes, truth in pairs])
+        wanted = self.judge.of(pixels([portraits.render(seed) for seed in seeds]))
+        if task == "style":
+            return judging.gram_distance(verdict, wanted).numpy()
+        similarity = torch.nn.functional.cosine_similarity(verdict.identity, wanted.identity)
+        return (similarity > self.verification["threshold"]).float().numpy()
+
+
+def pixels(pictures: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(pictures)).movedim(-1, 1).float() / 255
+
+
+def drawn(
+    models: tuple[Any, Any, Any], loss: Callable[[list[int]], Loss] | None, seeds: list[int], **at: Any
+) -> Tensor:
+    """Pictures [N, 3, 128, 128] by euler_ancestral, steered to `loss` of the targets, as the nodes would do it."""
+    model, clip, vae = models
+    parts = []
+    for start in range(0, len(seeds), CHUNK):
+        chunk = seeds[start : start + CHUNK]
+        with torch.inference_mode():
+            sampler = comfy.samplers.ksampler("euler_ancestral")
+            if loss is not None:
+                settings = defaults(DSGGuidance, guidance_rate=at["strength"])
+                sampler, _ = DSGGuidance().guide(sampler=sampler, loss=loss(chunk), vae=vae, **settings)
+            empty = [[clip.encode_from_tokens(clip.tokenize(""), return_pooled=True)[0], {}]]
+            latent = torch.zeros(len(chunk), 4, 16, 16)
+            noise = comfy.sample.prepare_noise(latent, start)
+            sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, "normal", at["steps"])
+            out = comfy.sample.sample_custom(
+                model, noise, 1.0, sampler, sigmas, empty, empty, latent, disable_pbar=True, seed=start
+            )
+            parts.append(vae.decode(out).movedim(-1, 1).clone())
+    return torch.cat(parts)
+
+
+def bootstrap(values: np.ndarray, draws: int = 2000) -> tuple[float, float]:
+    rng = np.random.default_rng(0)
+    means = values[rng.integers(len(values), size=(draws, len(values)))].mean(1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return round(float(low), 4), round(float(high), 4)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(row["task"] for row in rows))
+    figure = Figure(figsize=(4 * len(names), 6), dpi=110, layout="constrained")
+    for column, task in enumerate(names):
+        of_task = sorted((row for row in rows if row["task"] == task), key=lambda row: row["strength"])
+        for line, (key, title) in enumerate((("success", SUCCESS[task]), ("frechet", "Fréchet distance"))):
+            axes = figure.add_subplot(2, len(names), 1 + column + line * len(names))
+            x, y = zip(*((row["strength"], row[key]) for row in of_task), strict=True)
+            axes.plot(x, y, marker="o", color="#5b7fb5")
+            if line == 0:
+                axes.fill_between(
+                    x, *zip(*(row["interval"] for row in of_task), strict=True), color="#5b7fb5", alpha=0.2
+                )
+            axes.set(title=f"{task}: {title}" if line == 0 else title, xlabel="guidance_rate")
+            axes.set_ylim(bottom=0)
+    figure.savefig(path)
+
+
+SUCCESS = {"text": "attributes found", "segmentation": "mIoU", "style": "Gram distance", "face": "verified, FAR 1 %"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="8 samples at 20 steps and the default strength")
+    parser.add_argument("--json", type=Path, help="where to write the rows; a plot goes beside it")
+    parser.add_argument("--tasks", nargs="+", choices=SUCCESS, default=list(SUCCESS))
+    parser.add_argument("--strengths", nargs="+", type=float, help="guidance_rate of DSG Guidance; default: the node's")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--samples", type=int)
+    parser.add_argument("--save", type=Path, help="a folder for the pictures of each cell")
+    options = parser.parse_args()
+    steps, count = options.steps or (20 if options.quick else 50), options.samples or (8 if options.quick else 64)
+    strengths = options.strengths or [defaults(DSGGuidance)["guidance_rate"]]
+
+    judge = judging.load(toy_portraits.WEIGHTS)
+    seeds = list(portraits.TEST_SEEDS[:count])
+    settings = {"sampler": "euler_ancestral", "scheduler": "normal", "cfg": 1.0, "steps": steps, "n": count}
+    result = Result("guidance", settings, options.json)
+    with torch.inference_mode():
+        models = toy_portraits.load()
+    tasks = Tasks(judge)
+    data = portraits.dataset(portraits.TEST_SEEDS[1000 : 1000 + REFERENCES])["images"]
+    real = judge.of(pixels(list(data))).features
+    print(f"{'task':14}{'strength':>9}{'success':>9}{'interval':>18}{'frechet':>9}")
+    unguided = None
+    for strength in (0.0, *strengths):
+        for task in options.tasks:
+            cell = {"task": task, "method": "DSG", "steps": steps, "strength": strength}
+            row = result.find(cell)
+            if row is None:
+                if strength == 0 and unguided is None:
+                    unguided = drawn(models, None, seeds, steps=steps)
+                made = (
+                    unguided
+                    if strength == 0
+                    else drawn(models, getattr(tasks, task), seeds, steps=steps, strength=strength)
+                )
+                verdict = judge.of(made)
+                success = tasks.success(task, verdict, seeds)
+                row = {
+                    **cell,
+                    "nfe": steps,
+                    "psnr": None,
+                    "ssim": None,
+                    "frechet": round(judging.frechet(verdict.features, real), 4),
+                    "success": round(float(success.mean()), 4),
+                    "interval": bootstrap(success),
+                    "n": count,
+                }
+                result.add(row)
+                if options.save:
+                    options.save.mkdir(parents=True, exist_ok=True)
+                    grid = (made[:64].movedim(1, -1).clamp(0, 1) * 255).round().byte().numpy()
+                    portraits.contact_sheet(grid).save(options.save / f"{task}_{strength:g}.png")
+            low, high = row["interval"]
+            print(f"{task:14}{strength:9g}{row['success']:9.3f}{low:9.3f} {high:8.3f}{row['frechet']:9.3f}", flush=True)
+    result.finish()
+    if options.json:
+        draw(result.rows, options.json.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
