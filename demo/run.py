@@ -1,6 +1,6 @@
 """Runs the demo workflows in a real ComfyUI server; started by `quickstart.py demo`.
 
-Each workflow of `workflows/api/` is queued twice, as it is and with its guidance taken out: same seed, same prompt.
+Each workflow of `workflows/api/` is queued as it is and with its guidance taken out: same seed, same prompt.
 Those that restore take portraits from a range of seeds that chose no setting, as one batch, each with its own loss, and
 are measured by PSNR. Those that steer draw several pictures, which are scored by a network that guided none of them.
 """
@@ -166,6 +166,17 @@ def unguided(prompt: Prompt) -> Prompt:
     return prompt
 
 
+def recipe(prompt: Prompt, node_id: str) -> list[Any]:
+    """How a node's result comes about, whatever the nodes are called: the same for two workflows that make the same."""
+    node = prompt[node_id]
+    inputs = {
+        name: [recipe(prompt, value[0]), value[1]] if isinstance(value, list) else value
+        for name, value in sorted(node["inputs"].items())
+        if name != "filename_prefix"
+    }
+    return [node["class_type"], inputs]
+
+
 # Pictures
 
 
@@ -224,8 +235,8 @@ def contact_sheet(originals: list[np.ndarray], results: dict[str, dict[str, Any]
                 note = "" if stage == "degraded" else f"{result[f'psnr_{stage}'][row]:.1f} dB"
                 sheet.picture(x0 + column * (CELL + GAP), y, result["pictures"][stage][row], note)
 
-    right = width - MARGIN - DRAWN * (CELL + GAP) + GAP
-    middle = right - block_gap - DRAWN * (CELL + GAP) + GAP
+    middle = blocks[1]  # two pictures and their text fit before it
+    right = middle + DRAWN * (CELL + GAP) + block_gap
     sheet.text(MARGIN, below + head - 14, "steered by", anchor="lm")
     for x0, title in ((middle, "unguided"), (right, "guided, the same seeds")):
         sheet.text(x0 + (DRAWN * (CELL + GAP) - GAP) / 2, below + head - 14, title)
@@ -267,16 +278,22 @@ def follow(server: ComfyServer, prompt: Prompt, title: str) -> Run:
     return run
 
 
-def run_workflow(server: ComfyServer, name: str, prompt: Prompt, count: int, out: Path) -> dict[str, Any]:
-    """Run one workflow with and without guidance, and write its pictures."""
-    runs = {
-        stage: follow(server, variant, f"{name}, {stage}, {count} portraits")
-        for stage, variant in (("unguided", unguided(prompt)), ("guided", prompt))
-    }
+def run_workflow(
+    server: ComfyServer, name: str, prompt: Prompt, count: int, out: Path, known: dict[str, tuple[list[bytes], float]]
+) -> dict[str, Any]:
+    """Run one workflow with and without guidance, and write its pictures.
+
+    Without guidance several workflows are the same: `known` keeps the pictures and the seconds of those that have run.
+    """
     save = node_of(prompt, "SaveImage")
-    files = {stage: server.images(run, save) for stage, run in runs.items()}
+    plain = unguided(prompt)
+    if (key := json.dumps(recipe(plain, save))) not in known:
+        run = follow(server, plain, f"{name}, unguided, {count} portraits")
+        known[key] = server.images(run, save), round(run.seconds, 1)
+    guided = follow(server, prompt, f"{name}, guided, {count} portraits")
+    files = {"unguided": known[key][0], "guided": server.images(guided, save)}
     if name in RESTORED:
-        files = {"degraded": server.images(runs["unguided"], preview_of(prompt, "SphereGuideDegradeImage"))} | files
+        files = {"degraded": server.images(guided, preview_of(prompt, "SphereGuideDegradeImage"))} | files
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -288,29 +305,33 @@ def run_workflow(server: ComfyServer, name: str, prompt: Prompt, count: int, out
             if stage == "degraded":  # beside the portraits, for Load Image
                 (server.input / f"{name}_{index}.png").write_bytes(content)
     curves = folder / "guidance_report.png"
-    curves.write_bytes(server.images(runs["guided"], preview_of(prompt, "SphereGuideReport"))[0])
+    curves.write_bytes(server.images(guided, preview_of(prompt, "SphereGuideReport"))[0])
     return {
         "pictures": {stage: load(contents) for stage, contents in files.items()},
-        "seconds": round(runs["guided"].seconds, 1),
-        "seconds_unguided": round(runs["unguided"].seconds, 1),
+        "seconds": round(guided.seconds, 1),
+        "seconds_unguided": known[key][1],
         "images": [*written, curves.relative_to(out).as_posix()],
     }
 
 
-def restore(server: ComfyServer, name: str, originals: list[np.ndarray], files: list[str], out: Path) -> dict[str, Any]:
-    result = run_workflow(server, name, batched(read(name), files), len(files), out)
+def restore(
+    server: ComfyServer, name: str, originals: list[np.ndarray], files: list[str], out: Path, known: dict[str, Any]
+) -> dict[str, Any]:
+    result = run_workflow(server, name, batched(read(name), files), len(files), out, known)
     for stage in ("unguided", "guided"):
         measured = zip(result["pictures"][stage], originals, strict=True)
         result[f"psnr_{stage}"] = [round(psnr(image, original), 2) for image, original in measured]
     return result
 
 
-def steer(server: ComfyServer, name: str, task: Steered, judge: Judge, out: Path) -> dict[str, Any]:
+def steer(
+    server: ComfyServer, name: str, task: Steered, judge: Judge, out: Path, known: dict[str, Any]
+) -> dict[str, Any]:
     for picture in task.pictures:
         shutil.copy(PACK / "workflows" / picture, server.input)
     prompt = read(name)
     prompt[node_of(prompt, "EmptyLatentImage")]["inputs"]["batch_size"] = DRAWN
-    result = run_workflow(server, name, prompt, DRAWN, out)
+    result = run_workflow(server, name, prompt, DRAWN, out, known)
 
     def verdict(images: list[np.ndarray]) -> Verdict:
         return judge.of(torch.from_numpy(np.stack(images)).movedim(-1, 1) / 255)
@@ -356,9 +377,10 @@ def demo(out: Path) -> None:
             with server:
                 print(f"{time.monotonic() - started:.0f} s", flush=True)
                 host = describe_host(server)
-                results = {name: restore(server, name, originals, pictures, out) for name in RESTORED}
+                known: dict[str, Any] = {}
+                results = {name: restore(server, name, originals, pictures, out, known) for name in RESTORED}
                 judge = load_judge(WEIGHTS)
-                results |= {name: steer(server, name, task, judge, out) for name, task in STEERED.items()}
+                results |= {name: steer(server, name, task, judge, out, known) for name, task in STEERED.items()}
         finally:
             shutil.copy(server.log_path, out / "comfyui.log")
     contact_sheet(originals, results).save(out / "contact_sheet.png")

@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 PICTURE = "sphereguide_portrait.png"
 MAP = "sphereguide_map.png"
 STYLE = "sphereguide_style.png"
-STEPS = 30  # of the workflows that steer
+STEPS = 20  # of the workflows that steer
 
 
 @dataclass(frozen=True)
@@ -486,7 +486,7 @@ WORKFLOWS = {
         "SphereGuideInpaintingLoss",
         {},
         guidance_rate=0.3,
-        steps=30,
+        steps=20,
         note="""
 Half of the pixels are missing, one by one at random, and there is noise on the rest. The model only knows how to paint
 portraits; nobody taught it to repair them. Inpainting Loss measures how far each estimate is from the pixels that are
@@ -499,7 +499,7 @@ known, and DSG Guidance turns the sampler's noise so that the result agrees with
         "SphereGuideSuperResolutionLoss",
         {"factor": 4},
         guidance_rate=0.2,
-        steps=30,
+        steps=20,
         note="""
 The portrait is scaled down to 32 x 32 pixels, with noise. The model only knows how to paint portraits;
 nobody taught it to enlarge them. Super-Resolution Loss scales each estimate down in the same way and compares, and DSG
@@ -512,7 +512,7 @@ Guidance turns the sampler's noise so that the result agrees. Set the same facto
         "SphereGuideGaussianDeblurLoss",
         {"kernel_size": 61, "sigma": 3.0},
         guidance_rate=0.2,
-        steps=30,
+        steps=20,
         note="""
 The portrait is blurred (sigma 3 pixels), with noise. The model only knows how to paint portraits; nobody taught it to
 sharpen them. Gaussian Deblur Loss blurs each estimate in the same way and compares, and DSG Guidance turns the noise of
