@@ -49,7 +49,7 @@ TOY = "toy_portraits/"
 CHUNK = 16  # samples of a batch
 REFERENCES = 2048  # portraits that the Fréchet distance is to
 UNSEEN = range(1_001_000, 1_001_300)  # people of whom the judge's threshold is taken
-FACE_BOX = {"box_left": 0.2, "box_top": 0.26, "box_right": 0.8, "box_bottom": 0.86}
+FACE_BOX = dict(zip(("box_left", "box_top", "box_right", "box_bottom"), portraits.FACE_BOX, strict=True))
 MENTIONED = ("hair_color", "glasses", "background", "clothes")
 
 
@@ -106,7 +106,7 @@ class Tasks:
     def verification(self) -> dict[str, float]:
         """The judge's own, of people that nothing has seen: its threshold is what a sample has to pass."""
         people = [portraits.sample(who * 10 + view, identity=who) for who in UNSEEN for view in (0, 1)]
-        seen = self.judge.of(pixels([portraits.render(person) for person in people])).identity
+        seen = self.judge.of(judging.to_tensor(np.stack([portraits.render(person) for person in people]))).identity
         return judging.verification(seen, torch.arange(len(UNSEEN)).repeat_interleave(2))
 
     @staticmethod
@@ -143,15 +143,11 @@ class Tasks:
         if task == "segmentation":
             pairs = zip(verdict.class_map, (portraits.segment(seed) for seed in seeds), strict=True)
             return np.array([judging.mean_iou(classes, truth)["mean"] for classes, truth in pairs])
-        wanted = self.judge.of(pixels([portraits.render(seed) for seed in seeds]))
+        wanted = self.judge.of(judging.to_tensor(np.stack([portraits.render(seed) for seed in seeds])))
         if task == "style":
             return judging.gram_distance(verdict, wanted).numpy()
         similarity = torch.nn.functional.cosine_similarity(verdict.identity, wanted.identity)
         return (similarity > self.verification["threshold"]).float().numpy()
-
-
-def pixels(pictures: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(pictures)).movedim(-1, 1).float() / 255
 
 
 def drawn(
@@ -229,7 +225,7 @@ def main() -> None:
         models = toy_portraits.load()
     tasks = Tasks(judge)
     data = portraits.dataset(portraits.TEST_SEEDS[1000 : 1000 + REFERENCES])["images"]
-    real = judge.of(pixels(list(data))).features
+    real = judge.of(judging.to_tensor(data)).features
     print(f"{'task':14}{'strength':>9}{'success':>9}{'interval':>18}{'frechet':>9}")
     unguided = None
     for strength in (0.0, *strengths):

@@ -22,18 +22,13 @@ from torch import Tensor
 
 from . import portraits, toy_portraits
 from .bootstrap import import_host
-from .judge import Judge
+from .judge import Judge, to_tensor
 from .judge import load as load_judge
 from .train import CACHE, images
 
 EYE_AREA = (120, 560)
 """A component of the class "eyes" counts as an eye within these areas, in px of 128x128 (real ones: 220 to 440)."""
 MOUTH_AREA = 40
-
-
-def to_tensor(pixels: np.ndarray) -> Tensor:
-    """uint8 [B, 128, 128, 3] -> float [B, 3, 128, 128] in 0..1."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div_(255)
 
 
 def soften(x: Tensor, rng: torch.Generator) -> Tensor:

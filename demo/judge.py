@@ -18,7 +18,18 @@ from torch import Tensor, nn
 
 from . import portraits
 
-__all__ = ["FILE", "TRAITS", "Judge", "Verdict", "frechet", "gram_distance", "load", "mean_iou", "verification"]
+__all__ = [
+    "FILE",
+    "TRAITS",
+    "Judge",
+    "Verdict",
+    "frechet",
+    "gram_distance",
+    "load",
+    "mean_iou",
+    "to_tensor",
+    "verification",
+]
 
 FILE = "toy_portraits_judge.safetensors"
 TRAITS = 17
@@ -50,6 +61,11 @@ class Verdict:
     def class_map(self) -> np.ndarray:
         """Index of the likeliest class of each pixel, `[B, 128, 128]`."""
         return F.interpolate(self.classes, scale_factor=2, mode="bilinear").argmax(1).numpy()
+
+
+def to_tensor(pixels: np.ndarray) -> Tensor:
+    """uint8 [B, 128, 128, 3] -> float [B, 3, 128, 128] in 0..1."""
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div_(255)
 
 
 def block(n_in: int, n_out: int, stride: int = 1) -> nn.Sequential:

@@ -35,7 +35,7 @@ if not __package__:  # run as a script
 
 from . import portraits
 from .comfy_server import PACK, ComfyServer, ExecutionError, PromptRejected, Run, ServerError
-from .judge import Judge, Verdict, gram_distance, mean_iou
+from .judge import Judge, Verdict, gram_distance, mean_iou, to_tensor
 from .judge import load as load_judge
 
 RESTORED = {
@@ -73,7 +73,7 @@ class Steered:
 
     def overlap(self, verdict: Verdict, _: list[Verdict]) -> np.ndarray:
         """Mean intersection over union of each picture's classes with the map, which is the last of `pictures`."""
-        colors = np.asarray(Image.open(PACK / "workflows" / self.pictures[-1]).convert("RGB"))
+        colors = beside_workflow(self.pictures[-1])
         truth = np.abs(colors[:, :, None].astype(int) - portraits.CLASS_COLORS).sum(-1).argmin(-1)
         return np.array([mean_iou(classes, truth)["mean"] for classes in verdict.class_map])
 
@@ -184,6 +184,10 @@ def load(files: list[bytes]) -> list[np.ndarray]:
     return [np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]
 
 
+def beside_workflow(name: str) -> np.ndarray:
+    return load([(PACK / "workflows" / name).read_bytes()])[0]
+
+
 def psnr(image: np.ndarray, original: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB of an 8-bit image."""
     error = np.mean((image.astype(np.float64) - original) ** 2)
@@ -243,7 +247,7 @@ def contact_sheet(originals: list[np.ndarray], results: dict[str, dict[str, Any]
     for row, (name, task) in enumerate(STEERED.items()):
         y, result = below + head + row * (CELL + FOOT), results[name]
         for column, file in enumerate(task.pictures):
-            sheet.picture(MARGIN + column * (CELL + GAP), y, load([(PACK / "workflows" / file).read_bytes()])[0])
+            sheet.picture(MARGIN + column * (CELL + GAP), y, beside_workflow(file))
         x = MARGIN + len(task.pictures) * (CELL + GAP) + (10 if task.pictures else 0)
         lines = textwrap.wrap(task.title, 24)
         for line, what in enumerate(lines):
@@ -334,9 +338,9 @@ def steer(
     result = run_workflow(server, name, prompt, DRAWN, out, known)
 
     def verdict(images: list[np.ndarray]) -> Verdict:
-        return judge.of(torch.from_numpy(np.stack(images)).movedim(-1, 1) / 255)
+        return judge.of(to_tensor(np.stack(images)))
 
-    references = [verdict(load([(PACK / "workflows" / picture).read_bytes()])) for picture in task.pictures]
+    references = [verdict([beside_workflow(picture)]) for picture in task.pictures]
     result["score"] = task.score
     for stage in ("unguided", "guided"):
         scores = task.from_judge(task, verdict(result["pictures"][stage]), references)

@@ -28,7 +28,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import judge, portraits
-from .evaluate import mentioned, soften, to_tensor
+from .evaluate import mentioned, soften
+from .judge import to_tensor
 from .train import fit, parse
 
 SIZE = 16384
@@ -36,8 +37,6 @@ SIZE = 16384
 TEST = 512
 UNSEEN = 1_000_000
 """The first identity that the verification test draws, far from those of the training."""
-FACE_BOX = (0.2, 0.26, 0.8, 0.86)
-"""Left, top, right and bottom of the face in a portrait, as shares of its sides: what the face encoder sees."""
 FACE_SIZE = 96
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -228,7 +227,7 @@ def build_face() -> nn.Module:
 
 def face_crop(x: Tensor, rng: torch.Generator | None = None) -> Tensor:
     """The face [B, 3, 96, 96] of portraits [B, 3, 128, 128]; with `rng` the box moves a little."""
-    left, top, right, bottom = (share * portraits.SIZE for share in FACE_BOX)
+    left, top, right, bottom = (share * portraits.SIZE for share in portraits.FACE_BOX)
     shift = (torch.rand(4, generator=rng) * 8 - 4).tolist() if rng is not None else [0.0] * 4
     rows = slice(round(top + shift[0]), round(bottom + shift[1]))
     columns = slice(round(left + shift[2]), round(right + shift[3]))

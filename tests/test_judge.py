@@ -13,10 +13,6 @@ def trained() -> judge.Judge:
     return judge.load(toy_portraits.WEIGHTS)
 
 
-def pixels(pictures: list[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.stack(pictures)).movedim(-1, 1).float() / 255
-
-
 def test_frechet_distance_of_gaussians_with_known_moments() -> None:
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(200_000, 3, generator=rng, dtype=torch.float64)
@@ -54,20 +50,20 @@ def test_verification_of_people_that_are_told_apart_and_of_noise() -> None:
 
 def test_judge_recognises_portraits_that_it_never_saw(trained: judge.Judge) -> None:
     seeds = portraits.TEST_SEEDS[5000:5064]
-    verdict = trained.of(pixels([portraits.render(seed) for seed in seeds]))
+    verdict = trained.of(judge.to_tensor(np.stack([portraits.render(seed) for seed in seeds])))
     truth = np.array([list(portraits.labels(portraits.sample(seed)).values()) for seed in seeds])
     assert (verdict.labels == truth).mean() > 0.95
-    assert judge.mean_iou(verdict.class_map, np.stack([portraits.segment(seed) for seed in seeds]))["mean"] > 0.8
+    assert judge.mean_iou(verdict.class_map, np.stack([portraits.segment(seed) for seed in seeds])))["mean"] > 0.8
 
 
 def test_judge_tells_people_and_styles_apart(trained: judge.Judge) -> None:
     people = [portraits.sample(view, identity=3_000_000 + who) for who in range(40) for view in (1, 2)]
-    verdict = trained.of(pixels([portraits.render(person) for person in people]))
+    verdict = trained.of(judge.to_tensor(np.stack([portraits.render(person) for person in people])))
     assert judge.verification(verdict.identity, torch.arange(40).repeat_interleave(2))["auc"] > 0.9
 
     one = portraits.sample(7, style="neon")
     near, far = portraits.sample(7, style="neon", expression="sad"), portraits.sample(7, style="watercolor")
-    style, *others = (trained.of(pixels([portraits.render(person)])) for person in (one, near, far))
+    style, *others = (trained.of(judge.to_tensor(np.stack([portraits.render(person)]))) for person in (one, near, far))
     same, other = (float(judge.gram_distance(verdict, style)) for verdict in others)
     assert judge.gram_distance(style, style) == 0
     assert same < other

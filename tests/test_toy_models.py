@@ -134,7 +134,7 @@ def test_the_toy_segformer_and_the_toy_face_encoder_see_what_is_there():
         segmenter, labels = LoadSegmentationModel().load("toy_portraits/")
         (face,) = LoadFaceEncoder().load("toy_portraits/", "output")
         logits = F.interpolate(segmenter.network(images[:16]), size=(128, 128), mode="bilinear")
-        left, top, right, bottom = (round(128 * share) for share in (0.2, 0.26, 0.8, 0.86))
+        left, top, right, bottom = (round(128 * share) for share in portraits.FACE_BOX)
         crops = F.interpolate(
             images[..., top:bottom, left:right], size=face.network.size, mode="bicubic", antialias=True
         )

@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 PICTURE = "sphereguide_portrait.png"
 MAP = "sphereguide_map.png"
 STYLE = "sphereguide_style.png"
-STEPS = 20  # of the workflows that steer
+STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,6 @@ def steered(
     what: str,
     note: str,
     guidance_rate: float,
-    steps: int,
     prompt: str = "",
     cfg: float = 1.0,
     floor: int = 1040,
@@ -284,7 +283,7 @@ def steered(
             "BasicScheduler",
             (1520, 250),
             (300, 110),
-            {"scheduler": "normal", "steps": steps, "denoise": 1.0},
+            {"scheduler": "normal", "steps": STEPS, "denoise": 1.0},
             {"model": ("toy", "MODEL")},
             "Steps",
         ),
@@ -344,7 +343,6 @@ def restoration(
     loss: str,
     loss_widgets: dict[str, Any],
     guidance_rate: float,
-    steps: int,
     note: str,
 ) -> Workflow:
     """Degrades a portrait in a known way, and guides a model that never learnt restoration to undo that."""
@@ -376,7 +374,7 @@ def restoration(
         ),
         "loss": Node(loss, (1130, 640), (300, 80), loss_widgets, measured),
     }
-    return steered(name, condition, "A picture, degraded in a known way", note + RESTORATION, guidance_rate, steps)
+    return steered(name, condition, "A picture, degraded in a known way", note + RESTORATION, guidance_rate)
 
 
 TOY = "toy_portraits/"  # the folder in which each loader finds the network that comes with the demo
@@ -404,10 +402,14 @@ def picture_of(title: str, picture: str, y: int = 540) -> Node:
     return Node("LoadImage", (380, y), (250, 340), {"image": picture}, title=title)
 
 
-def style_loss() -> Node:
+def by_style() -> dict[str, Node]:
     layers = {"clip_layers": "3", "vgg_layers": "relu1_1, relu2_1, relu3_1, relu4_1, relu5_1", "vgg_size": 256}
     wires = {"style": ("style", "IMAGE"), "open_clip_model": ("clip", "open_clip_model")}
-    return Node("SphereGuideStyleGramLoss", (1130, 640), (300, 180), layers, wires)
+    return {
+        "style": picture_of("Picture of the style", STYLE),
+        "clip": open_clip(),
+        "loss": Node("SphereGuideStyleGramLoss", (1130, 640), (300, 180), layers, wires),
+    }
 
 
 def segmentation_loader(y: int = 540, x: int = 760) -> Node:
@@ -426,7 +428,7 @@ def face_loader(y: int = 540, x: int = 760) -> Node:
 
 
 def face_loss(at: tuple[int, int]) -> Node:
-    """In the box in which the face encoder of Toy Portraits learnt to look: `FACE_BOX` of demo/train_encoders.py."""
+    """In the box in which the face encoder of Toy Portraits learnt to look: `FACE_BOX` of demo/portraits.py."""
     widgets = {
         "references": "average",
         "crop": "fixed box",
@@ -486,7 +488,6 @@ WORKFLOWS = {
         "SphereGuideInpaintingLoss",
         {},
         guidance_rate=0.3,
-        steps=20,
         note="""
 Half of the pixels are missing, one by one at random, and there is noise on the rest. The model only knows how to paint
 portraits; nobody taught it to repair them. Inpainting Loss measures how far each estimate is from the pixels that are
@@ -499,7 +500,6 @@ known, and DSG Guidance turns the sampler's noise so that the result agrees with
         "SphereGuideSuperResolutionLoss",
         {"factor": 4},
         guidance_rate=0.2,
-        steps=20,
         note="""
 The portrait is scaled down to 32 x 32 pixels, with noise. The model only knows how to paint portraits;
 nobody taught it to enlarge them. Super-Resolution Loss scales each estimate down in the same way and compares, and DSG
@@ -512,7 +512,6 @@ Guidance turns the sampler's noise so that the result agrees. Set the same facto
         "SphereGuideGaussianDeblurLoss",
         {"kernel_size": 61, "sigma": 3.0},
         guidance_rate=0.2,
-        steps=20,
         note="""
 The portrait is blurred (sigma 3 pixels), with noise. The model only knows how to paint portraits; nobody taught it to
 sharpen them. Gaussian Deblur Loss blurs each estimate in the same way and compares, and DSG Guidance turns the noise of
@@ -531,7 +530,6 @@ Queue, then change the text. Parts of it are joined by | and weighed: red hair |
 """
         + STEERING,
         guidance_rate=0.2,
-        steps=STEPS,
     ),
     "toy_segmentation": steered(
         "segmentation",
@@ -549,11 +547,10 @@ noise so that the picture agrees.
         + drop((MAP, "Map of colours"))
         + STEERING,
         guidance_rate=0.2,
-        steps=STEPS,
     ),
     "toy_style": steered(
         "style",
-        {"style": picture_of("Picture of the style", STYLE), "clip": open_clip(), "loss": style_loss()},
+        by_style(),
         "A style",
         """
 Style Gram Loss compares which features of a network go together in each estimate, wherever they lie, with those of a
@@ -562,11 +559,10 @@ picture: its colours and textures, not its subject. DSG Guidance turns the sampl
         + drop((STYLE, "Picture of the style"))
         + STEERING,
         guidance_rate=0.2,
-        steps=STEPS,
     ),
     "toy_text_style": steered(
         "text_style",
-        {"style": picture_of("Picture of the style", STYLE), "clip": open_clip(), "loss": style_loss()},
+        by_style(),
         "A style",
         """
 The prompt says what to paint, and cfg sees to it as always; the style comes from a picture, through Style Gram Loss.
@@ -575,7 +571,6 @@ The two don't know of each other: guidance adds to any workflow that samples.
         + drop((STYLE, "Picture of the style"))
         + STEERING,
         guidance_rate=0.2,
-        steps=STEPS,
         prompt="a laughing person with long hair, wearing square glasses",
         cfg=3.0,
     ),
@@ -592,7 +587,6 @@ For photos set crop to detect, which finds the face by itself. Cartoons have the
         + drop((PICTURE, "Reference face"))
         + STEERING,
         guidance_rate=0.4,
-        steps=STEPS,
     ),
     "toy_combined": steered(
         "combined",
@@ -621,7 +615,6 @@ each its weight; with normalise on, equal weights pull equally, whatever numbers
         + drop((PICTURE, "Reference face"), (MAP, "Map of colours"))
         + STEERING,
         guidance_rate=0.2,
-        steps=STEPS,
         floor=2070,
     ),
 }
