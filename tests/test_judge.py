@@ -53,7 +53,7 @@ def test_judge_recognises_portraits_that_it_never_saw(trained: judge.Judge) -> N
     verdict = trained.of(judge.to_tensor(np.stack([portraits.render(seed) for seed in seeds])))
     truth = np.array([list(portraits.labels(portraits.sample(seed)).values()) for seed in seeds])
     assert (verdict.labels == truth).mean() > 0.95
-    assert judge.mean_iou(verdict.class_map, np.stack([portraits.segment(seed) for seed in seeds])))["mean"] > 0.8
+    assert judge.mean_iou(verdict.class_map, np.stack([portraits.segment(seed) for seed in seeds]))["mean"] > 0.8
 
 
 def test_judge_tells_people_and_styles_apart(trained: judge.Judge) -> None:
