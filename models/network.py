@@ -38,10 +38,11 @@ def models_folder(name: str) -> None:
     with contextlib.suppress(OSError):  # a read-only installation: an empty list will say where files belong
         folder.mkdir(parents=True, exist_ok=True)
     registry = folder_paths.folder_names_and_paths
-    paths, extensions = registry[name] if name in registry else ([], set())  # noqa: SIM401 (no dict in 2024: no `get`)
+    if name not in registry:
+        registry[name] = ([], set(folder_paths.supported_pt_extensions))
+    paths = registry[name][0]  # extended in place: assigning again loses the order on the host of 2024
     own = [str(OWN / name)] if (OWN / name).is_dir() else []
-    paths = [*dict.fromkeys((*paths, str(folder), *own))]
-    registry[name] = (paths, {*extensions, *folder_paths.supported_pt_extensions})
+    paths += [path for path in (str(folder), *own) if path not in paths]
 
 
 def choices(name: str, contains: str = "config.json") -> list[str]:

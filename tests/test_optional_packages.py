@@ -140,7 +140,7 @@ def astronaut() -> torch.Tensor:
 def encoder():
     """FACE_ENCODER of facenet-pytorch's class with random weights, from a file."""
     facenet_pytorch = pytest.importorskip("facenet_pytorch")
-    path = Path(folder_paths.get_folder_paths("face_encoders")[0]) / "20180402-114759-vggface2.pt"
+    path = Path(folder_paths.models_dir) / "face_encoders" / "20180402-114759-vggface2.pt"
     torch.manual_seed(0)
     torch.save(facenet_pytorch.InceptionResnetV1(pretrained=None, classify=False).state_dict(), path)
     with torch.inference_mode():

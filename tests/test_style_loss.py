@@ -30,9 +30,9 @@ RESNET = {"image_size": 32, "width": 8, "layers": [1, 1, 1, 1]}
 TIMM = {"timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": False, "timm_pool": "", "image_size": 224}
 
 
-def empty(name):
-    for path in Path(folder_paths.get_folder_paths(name)[0]).iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def placed(name):
+    """The folder `models/<name>` of this run, which is a temporary one."""
+    return Path(folder_paths.models_dir) / name
 
 
 def load_clip(vision):
@@ -41,14 +41,14 @@ def load_clip(vision):
     model = open_clip.CLIP(**config).eval()
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.1)
-    folder = Path(folder_paths.get_folder_paths("open_clip")[0]) / "tiny"
+    folder = placed("open_clip") / "tiny"
     folder.mkdir()
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     config = {"model_cfg": config, "preprocess_cfg": {"mean": MEAN, "std": STD}}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     with torch.inference_mode():
         loaded = clip_model.load("tiny/")
-    empty("open_clip")
+    shutil.rmtree(folder)
     return loaded, model
 
 
@@ -65,11 +65,11 @@ def vgg():
     torch.manual_seed(0)
     layers = make_layers(cfgs["E"], batch_norm=False).eval()
     weights = {f"features.{name}": weight for name, weight in layers.state_dict().items()}
-    path = Path(folder_paths.get_folder_paths("vgg")[0]) / "vgg19-dcbb9e9d.pth"
+    path = placed("vgg") / "vgg19-dcbb9e9d.pth"
     torch.save({**weights, "classifier.0.weight": torch.zeros(4096, 2)}, path)
     with torch.inference_mode():
         (loaded,) = LoadVGG().load(path.name)
-    empty("vgg")
+    path.unlink()
     return loaded, layers
 
 
@@ -312,7 +312,7 @@ def test_the_list_of_vggs_says_when_it_is_empty():
 
 
 def test_weights_of_another_network_are_refused():
-    path = Path(folder_paths.get_folder_paths("vgg")[0]) / "vgg16.safetensors"
+    path = placed("vgg") / "vgg16.safetensors"
     save_file({"features.0.weight": torch.zeros(64, 3, 3, 3)}, path)
     try:
         with pytest.raises(ValueError, match=r"Load VGG Features: .*vgg16.safetensors does not fit .*VGG19"):
@@ -323,7 +323,7 @@ def test_weights_of_another_network_are_refused():
 
 def test_loading_leaves_the_random_numbers_of_the_workflow_alone(vgg):
     _, layers = vgg
-    path = Path(folder_paths.get_folder_paths("vgg")[0]) / "vgg19.safetensors"
+    path = placed("vgg") / "vgg19.safetensors"
     save_file({f"features.{name}": weight for name, weight in layers.state_dict().items()}, path)
     torch.manual_seed(1)
     expected = torch.rand(1)
@@ -334,7 +334,7 @@ def test_loading_leaves_the_random_numbers_of_the_workflow_alone(vgg):
 
 
 def test_without_torchvision_the_loader_says_how_to_get_it(monkeypatch):
-    path = Path(folder_paths.get_folder_paths("vgg")[0]) / "vgg19.safetensors"
+    path = placed("vgg") / "vgg19.safetensors"
     path.touch()
     monkeypatch.setitem(sys.modules, "torchvision.models.vgg", None)
     with pytest.raises(ImportError, match=r"Load VGG Features needs .*pip install --no-deps torchvision"):

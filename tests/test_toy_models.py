@@ -117,6 +117,21 @@ def test_the_loaders_offer_the_toy_networks_behind_the_users_own(tmp_path, monke
         monkeypatch.undo()
 
 
+def test_the_users_folder_stays_the_first_however_often_the_loaders_register_it(tmp_path, monkeypatch):
+    names = [f"kind_{index}" for index in range(12)]
+    for name in names:
+        (tmp_path / "own" / name).mkdir(parents=True)
+    monkeypatch.setattr(network, "OWN", tmp_path / "own")
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
+    for name in names * 3:
+        network.models_folder(name)
+    for name in names:
+        assert folder_paths.get_folder_paths(name) == [str(tmp_path / at / name) for at in ("models", "own")]
+    registry = folder_paths.folder_names_and_paths
+    for name in names:
+        del getattr(registry, "contents", registry)[name]
+
+
 def test_the_toy_open_clip_model_finds_the_caption_of_a_portrait():
     seeds = portraits.TEST_SEEDS[6000:6032]
     captions = [portraits.caption(portraits.sample(seed)) for seed in seeds]
