@@ -12,7 +12,9 @@ from typing import Any
 
 import comfy.model_management
 import comfy.model_sampling
+import comfy.sample
 import comfy.samplers
+import comfy.utils
 import torch
 from comfy.k_diffusion import sampling as k_diffusion
 from comfy.ldm.modules.attention import BasicTransformerBlock, attention_pytorch
@@ -29,10 +31,12 @@ __all__ = [
     "kept_activations",
     "networks",
     "noise_source",
+    "sample_latent",
     "stochastic_samplers",
     "streamed_layers",
     "training_kernels",
     "with_differentiable_attention",
+    "wrap_samplers",
 ]
 
 NoiseSampler = Callable[[Tensor, Tensor], Tensor]
@@ -240,3 +244,67 @@ class _TrialModel:
         for function in (model_options or {}).get("sampler_post_cfg_function", []):
             denoised = function({"denoised": denoised, "uncond_denoised": denoised, "cond_denoised": denoised})
         return denoised
+
+
+# -- sampling as the host's own nodes do it ----------------------------------------------------------------------------
+
+
+def sample_latent(
+    model: Any,
+    latent: dict[str, Any],
+    seed: int,
+    cfg: float,
+    sampler: comfy.samplers.KSAMPLER,
+    sigmas: Tensor,
+    positive: Any,
+    negative: Any,
+) -> dict[str, Any]:
+    """LATENT for LATENT, with noise of the seed, its mask, its batch indices, progress and previews."""
+    try:
+        import latent_preview
+    except ImportError:  # PyPI's package of 2024
+        from comfy.cmd import latent_preview
+
+    ratios = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # of 2026: empty latents fit themselves to a model
+    fix = comfy.sample.fix_empty_latent_channels
+    given = [latent.get(name) for name in ratios] if len(inspect.signature(fix).parameters) > 2 else []
+    image = fix(model, latent["samples"], *given)
+    noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
+    samples = comfy.sample.sample_custom(
+        model,
+        noise,
+        cfg,
+        sampler,
+        sigmas,
+        positive,
+        negative,
+        image,
+        noise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+        disable_pbar=not getattr(comfy.utils, "PROGRESS_BAR_ENABLED", True),
+        seed=seed,
+    )
+    return {**{key: value for key, value in latent.items() if key not in ratios}, "samples": samples}
+
+
+def wrap_samplers(model: Any, change: Callable[[comfy.samplers.KSAMPLER], comfy.samplers.KSAMPLER], title: str) -> Any:
+    """A clone of the MODEL whose runs use `change(sampler)` for whatever sampler they are given.
+
+    Raises RuntimeError, for the node of that title, on hosts before `comfy.patcher_extension`.
+    """
+    try:
+        from comfy.patcher_extension import WrappersMP
+    except ImportError:
+        raise RuntimeError(
+            f"{title} needs ComfyUI 0.3.8 (December 2024) or newer, where a model can carry a sampler's guidance. On "
+            "this one use KSampler (DSG Guided), or DSG Guidance with SamplerCustom."
+        ) from None
+
+    def run(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        executor.class_obj = change(executor.class_obj)  # the executor is this run's own
+        executor.original = executor.class_obj.sample
+        return executor(*args, **kwargs)
+
+    model = model.clone()
+    model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "sphereguide", run)
+    return model

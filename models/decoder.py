@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = ["Decoder"]
@@ -16,10 +17,13 @@ class Decoder:
     `vae.decode` is no way for a gradient: it tiles when memory runs out, writes into a preallocated output and clamps.
     This is the network itself and the affine part of the VAE's output map, so values may leave 0..1. Latents of one
     frame `[B, C, 1, h, w]` are images too. Raises ValueError for several frames.
+
+    size  in (0, 1]: latents are shrunk by it before they are decoded, and the images enlarged again
     """
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, size: float = 1.0) -> None:
         self.vae = vae
+        self.size = size
         # `process_output` without its clamp, read off at two values that no clamp touches.
         low, high = (float(vae.process_output(torch.tensor([value]))) for value in (0.25, 0.5))
         self.scale = (high - low) / 0.25
@@ -35,14 +39,27 @@ class Decoder:
 
     def memory_required(self, shape: torch.Size) -> float:
         """Bytes that the host reserves for decoding latents of this shape."""
+        shape = torch.Size((*shape[:-2], *self._small(shape)))
         return self.vae.memory_used_decode(shape, self.vae.vae_dtype)
+
+    def _small(self, shape: torch.Size) -> list[int]:
+        return [max(1, round(side * self.size)) for side in shape[-2:]]
 
     def __call__(self, latents: Tensor) -> Tensor:
         if latents.ndim == 5 and getattr(self.vae, "latent_dim", 2) == 2:
             latents = _only_frame(latents)
+        whole, small = latents.shape[-2:], self._small(latents.shape)
+        if self.size < 1:
+            frames = _only_frame(latents) if latents.ndim == 5 else latents
+            frames = F.interpolate(frames, size=small, mode="bicubic", antialias=True)
+            latents = frames[:, :, None] if latents.ndim == 5 else frames
         images = self.module.decode(latents.to(device=self.patcher.load_device, dtype=self.vae.vae_dtype))
         images = images.to(latents) * self.scale + self.shift
-        return _only_frame(images) if images.ndim == 5 else images
+        images = _only_frame(images) if images.ndim == 5 else images
+        if self.size < 1:
+            size = [side * full // part for side, full, part in zip(images.shape[-2:], whole, small, strict=True)]
+            images = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+        return images
 
 
 def _only_frame(video: Tensor) -> Tensor:

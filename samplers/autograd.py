@@ -25,26 +25,24 @@ Recording = Callable[..., contextlib.AbstractContextManager[None]]
 
 
 @contextlib.contextmanager
-def differentiable(
-    *modules: nn.Module, holders: Iterable[Any] = (), checkpointing: nn.Module | None = None
-) -> Iterator[Recording]:
+def differentiable(*modules: nn.Module, holders: Iterable[Any] = ()) -> Iterator[Recording]:
     """Within the block, the modules can be differentiated with respect to their input.
 
     The whole block runs outside of inference mode and without gradients: what a network keeps from a call that records
-    nothing may serve in one that does. Yields `recording(mutation=False)`, a context manager for a forward pass *and*
-    its backward pass. With `mutation`, in-place operations on what autograd keeps are legal; each operation then passes
-    through Python, so that a small model takes twice the time.
+    nothing may serve in one that does. Yields `recording(mutation=False, checkpointing=None)`, a context manager for a
+    forward pass *and* its backward pass. With `mutation`, in-place operations on what autograd keeps are legal; each
+    operation then passes through Python, so that a small model takes twice the time. The blocks of `checkpointing`, a
+    diffusion model, forget their activations and compute them again in the backward pass: less memory, about one more
+    forward pass.
 
     modules        loaded models: a `BaseModel`, a VAE's `first_stage_model`, a loss. Weights keep their storage.
     holders        objects whose attributes enter the forward pass: a guider with its conditionings, an inpainting
                    wrapper with its noise and latent image. Inference tensors in them are cloned for the block.
-    checkpointing  a diffusion model whose blocks shall forget their activations and compute them again in the
-                   backward pass: less memory, about one more forward pass.
 
     Raises TypeError for weights of a tensor subclass that does not tell what it is made of.
     """
     with contextlib.ExitStack() as stack:
-        recomputed = list(_blocks(checkpointing)) if checkpointing is not None else []
+        recomputed = []
         for module in modules:
             recomputed += host.streamed_layers(module)
             stack.enter_context(_normal_weights(module))
@@ -58,8 +56,9 @@ def differentiable(
 
 
 @contextlib.contextmanager
-def _recording(mutation: bool = False) -> Iterator[None]:
+def _recording(mutation: bool = False, checkpointing: nn.Module | None = None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_recomputing(_blocks(checkpointing) if checkpointing is not None else ()))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(host.training_kernels())
         if mutation:

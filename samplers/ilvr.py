@@ -64,6 +64,8 @@ def referenced(
 class ReferencedModel:
     """A sampler's model that refines the state that it is asked about. See `referenced`."""
 
+    refines_state = True
+
     def __init__(
         self,
         model: Any,

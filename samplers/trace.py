@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .kernel import Evaluation
 
 __all__ = ["GuidanceTrace", "GuidedStep"]
 
@@ -16,15 +19,15 @@ log = logging.getLogger("sphereguide")
 
 @dataclass
 class GuidedStep:
-    """One noise draw that followed a guided model call. Lists have one entry a sample of the batch.
+    """What followed a guided model call. Lists have one entry a sample of the batch.
 
     step            index in the schedule, 0 the noisiest
     sigma           noise level of the model call
     sigma_next      noise level that the draw leads to
     loss            L(x̂₀)
     gradient_norm   ‖∇L‖₂
-    radius          ‖ε'‖/√n: 1 on the sphere
-    skipped         the gradient was zero or not finite, and the noise was left alone
+    radius          ‖ε'‖/√n: 1 on the sphere; NaN in a step that draws no noise
+    skipped         the gradient was zero or not finite, and the step was left alone
     """
 
     step: int
@@ -38,9 +41,17 @@ class GuidedStep:
 
 @dataclass
 class GuidanceTrace:
-    """Emptied when a run begins, filled while it samples, read by the nodes behind the sampler."""
+    """Emptied when a run begins, filled while it samples, read by the nodes behind the sampler.
+
+    A run that is cancelled or fails leaves what it had until then, and `finished` false.
+    """
 
     _records: list[dict[str, Any]] = field(default_factory=list)
+    finished: bool = False
+
+    def __bool__(self) -> bool:
+        """Whether any step was guided."""
+        return bool(self._records)
 
     @property
     def steps(self) -> list[GuidedStep]:
@@ -51,35 +62,29 @@ class GuidanceTrace:
 
     def clear(self) -> None:
         self._records.clear()
+        self.finished = False
 
-    def record(
-        self,
-        step: int,
-        sigma: Tensor,
-        sigma_next: Tensor,
-        loss: Tensor,
-        gradient_norm: Tensor,
-        usable: Tensor,
-        noise: Tensor,
-        free: Tensor | None,
-    ) -> None:
+    def record(self, at: Evaluation, sigma_next: Tensor, noise: Tensor | None, usable: Tensor) -> None:
         """Tensors stay on their device until `steps` is read.
 
-        `usable` `[B]`: where the gradient was. `noise` `[B, …]`: ε'. `free`: the coordinates that were guided, or None.
+        `noise` `[B, …]`: ε', None in a step without. `usable` `[B]`: where the gradient was.
         """
-        guided = torch.ones_like(noise, dtype=torch.bool) if free is None else free
-        radius = (noise * guided).flatten(1).square().sum(1).div(guided.flatten(1).sum(1)).sqrt()
-        values = {"sigma": sigma.max(), "sigma_next": sigma_next, "loss": loss, "gradient_norm": gradient_norm}
-        self._records.append({"step": step, **values, "radius": radius, "skipped": ~usable})
+        radius = torch.full_like(at.loss, torch.nan)
+        if noise is not None:
+            guided = torch.ones_like(noise, dtype=torch.bool) if at.free is None else at.free
+            radius = (noise * guided).flatten(1).square().sum(1).div(guided.flatten(1).sum(1)).sqrt()
+        values = {"sigma": at.sigma.max(), "sigma_next": sigma_next, "loss": at.loss, "gradient_norm": at.norm}
+        self._records.append({"step": at.step, **values, "radius": radius, "skipped": ~usable})
 
-    def warn_of_skipped_steps(self) -> None:
+    def warn_of_skipped_steps(self, method: str) -> None:
         """One warning a run, if any draw was left alone."""
         steps = self.steps
         skipped = sum(any(step.skipped) for step in steps)
         if skipped:
             log.warning(
-                "DSG Guidance: in %d of %d guided steps the gradient of the loss was zero or not finite, and the noise "
-                "was left as it was. The loss may not depend on the image, be already fulfilled, or have given NaN.",
+                "%s: in %d of %d guided steps the gradient of the loss was zero or not finite, and the step was left "
+                "as it was. The loss may not depend on the image, be already fulfilled, or have given NaN.",
+                method,
                 skipped,
                 len(steps),
             )

@@ -13,7 +13,7 @@ from sphereguide import host
 from sphereguide.losses.base import Loss
 from sphereguide.losses.measurement import SuperResolution
 from sphereguide.models.decoder import Decoder
-from sphereguide.samplers import dsg
+from sphereguide.samplers import kernel
 from sphereguide.samplers.autograd import differentiable, normal
 from sphereguide.samplers.dsg import GRADIENTS, Guidance, guided
 from sphereguide.samplers.trace import GuidanceTrace
@@ -87,7 +87,8 @@ def test_no_weight_is_copied_and_all_are_put_back(patcher):
 
 def test_weights_are_put_back_after_an_error(patcher):
     before = weights(patcher.model)
-    with pytest.raises(KeyError), differentiable(patcher.model, checkpointing=patcher.model.diffusion_model):
+    unet = patcher.model.diffusion_model
+    with pytest.raises(KeyError), differentiable(patcher.model) as recording, recording(checkpointing=unet):
         raise KeyError
     assert weights(patcher.model) == before
     assert not any("forward" in vars(module) for module in patcher.model.modules())
@@ -206,7 +207,7 @@ def test_recomputing_spares_another_packs_forward():
     theirs = block.forward
     block.forward = lambda *args, **kwargs: theirs(*args, **kwargs)
     patched = block.forward
-    with differentiable(unet, checkpointing=unet):
+    with differentiable(unet) as recording, recording(checkpointing=unet):
         assert block.forward is not patched
     assert block.forward is patched
 
@@ -247,7 +248,7 @@ def test_checkpointing_gives_the_same_gradient(patcher):
     generator = torch.Generator().manual_seed(0)
     x, context = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 7, 16, generator=generator)
     for checkpointing in (None, unet):
-        with differentiable(unet, checkpointing=checkpointing) as recording, recording():
+        with differentiable(unet) as recording, recording(checkpointing=checkpointing):
             variable = x.clone().requires_grad_()
             output = unet(variable, torch.tensor([300.0]), context=context, transformer_options={})
             gradients.append(torch.autograd.grad(output.square().sum(), variable)[0])
@@ -273,7 +274,7 @@ def test_checkpointing_recomputes_the_blocks_and_keeps_less(patcher):
             return tensor
 
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        with differentiable(unet, checkpointing=checkpointing), torch.inference_mode(False), torch.enable_grad(), hooks:
+        with differentiable(unet) as recording, recording(checkpointing=checkpointing), hooks:
             unet(x.clone().requires_grad_(), torch.ones(1), context=context, transformer_options={})
         kept[checkpointing is not None] = count
     assert kept[True] < 0.5 * kept[False]
@@ -334,15 +335,15 @@ def test_a_controlnet_is_differentiated_with_the_model(patcher):
 
 def test_prompts_with_loras_of_their_own_are_refused_where_the_gradient_would_be_wrong(patcher):
     with pytest.raises(RuntimeError, match=r"different hooks.*'fast'"):
-        dsg._refuse_what_has_no_gradient(
-            SimpleNamespace(conds={"positive": [{"hooks": object()}], "negative": [{}]}), {}
+        kernel._refuse_what_has_no_gradient(
+            "DSG Guidance", SimpleNamespace(conds={"positive": [{"hooks": object()}], "negative": [{}]}), {}
         )
-    dsg._refuse_what_has_no_gradient(SimpleNamespace(conds={"positive": [{}], "negative": [{}]}), {})
+    kernel._refuse_what_has_no_gradient("DSG Guidance", SimpleNamespace(conds={"positive": [{}], "negative": [{}]}), {})
 
 
 def test_a_model_that_is_spread_over_gpus_is_refused(patcher):
     with pytest.raises(RuntimeError, match=r"several GPUs.*'fast'"):
-        dsg._refuse_what_has_no_gradient(SimpleNamespace(conds={}), {"multigpu_clones": {}})
+        kernel._refuse_what_has_no_gradient("DSG Guidance", SimpleNamespace(conds={}), {"multigpu_clones": {}})
 
 
 def test_half_precision_weights_and_vae(patcher):

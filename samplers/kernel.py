@@ -1,0 +1,451 @@
+"""What guidance methods share: a sampler whose model calls come with the gradient of a loss.
+
+A sampler asks its model for x̂₀ at each step. `GuidedModel` answers, and keeps L(x̂₀) and ∇L of its latest call, per
+sample, for the method that builds on it: `dsg` turns the noise that the sampler draws next, `dps` moves the state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import comfy.model_management
+import comfy.samplers
+import torch
+from comfy.conds import CONDConstant
+from torch import Tensor, nn
+
+from .. import host
+from ..losses.base import Loss, Step
+from .autograd import Recording, differentiable, normal
+from .trace import GuidanceTrace
+
+__all__ = [
+    "GRADIENTS",
+    "Evaluation",
+    "GuidedModel",
+    "Objective",
+    "deterministic_sampler_message",
+    "per_sample",
+    "steered",
+]
+
+log = logging.getLogger("sphereguide")
+
+Gradient = Literal["full", "cond only", "fast"]
+GRADIENTS: tuple[Gradient, ...] = ("full", "cond only", "fast")
+
+#: Marks the conditionings that get no graph. It goes through ComfyUI's batching, which keeps unlike ones apart.
+_CONSTANT = "sphereguide_constant"
+
+#: Bytes that autograd keeps of a model call, as a multiple of what the host reserves for the call alone. Measured on
+#: the layout of SD1.5 (`quickstart.py bench cost`).
+_KEPT = {False: 2.5, True: 1.5}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What to guide by, and where.
+
+    loss            sees the estimate x̂₀
+    decode          latents to images (`models.decoder.Decoder`); None for losses on latents
+    interval        guide one step in so many
+    start_percent, end_percent   the part of the schedule that is guided, as in ComfyUI's own nodes
+    gradient        "full": through the network and the CFG combination. "cond only": the negative half is a constant.
+                    "fast": with respect to x̂₀ instead of x, without a backward pass through the network.
+    checkpointing   compute the blocks' activations again instead of keeping them
+    """
+
+    METHOD: ClassVar[str] = "Guidance"
+
+    loss: Loss
+    decode: Any = None
+    interval: int = 1
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    gradient: Gradient = "full"
+    checkpointing: bool = False
+
+    @property
+    def off(self) -> bool:
+        """Whether nothing is guided, so that the sampler runs as it is, bit for bit."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A guided model call: what the noise that is drawn after it, or the next step, needs to know.
+
+    step, sigma     index in the schedule, and `[B]`
+    loss, gradient  `[B]` and `[B, …]`: ∇ₓL, for "fast" with respect to x̂₀
+    free            where the denoise mask leaves a choice, `[B, …]` of bool; None without a mask
+    weight          the loss's own weight at this step
+    """
+
+    step: int
+    sigma: Tensor
+    loss: Tensor
+    gradient: Tensor
+    free: Tensor | None
+    weight: float
+
+    @property
+    def norm(self) -> Tensor:
+        """‖∇L‖ `[B]`."""
+        return torch.linalg.vector_norm(self.gradient.flatten(1), dim=1)
+
+
+def deterministic_sampler_message(method: str, what: str) -> str:
+    return (
+        f"{method} steers samplers that add noise, and this sampler {what}: there is nothing to guide. "
+        f"Samplers of this ComfyUI that add noise: {', '.join(host.stochastic_samplers())}. "
+        "Where a sampler has eta or s_noise, set them above 0."
+    )
+
+
+def steered(
+    sampler: comfy.samplers.KSAMPLER, objective: Objective, trace: GuidanceTrace, method: type[GuidedModel]
+) -> comfy.samplers.KSAMPLER:
+    """`sampler`, guided. It keeps its options, and its function's signature stays visible to other packs."""
+    function = sampler.sampler_function
+
+    def sample(
+        model: Any,
+        x: Tensor,
+        sigmas: Tensor,
+        extra_args: dict[str, Any] | None = None,
+        callback: Callable[[dict[str, Any]], None] | None = None,
+        disable: bool | None = None,
+        **options: Any,
+    ) -> Tensor:
+        trace.clear()
+        arguments: dict[str, Any] = {"callback": callback, "disable": disable, **options}
+        if objective.off or len(sigmas) < 2:
+            return function(model, x, sigmas, extra_args=extra_args, **arguments)
+        extra_args = extra_args or {}
+        seed = extra_args.get("seed")
+        source = options.get("noise_sampler") or host.noise_source(function, x, sigmas, seed)
+        mode = torch.inference_mode(torch.is_inference_mode_enabled())
+        with _prepared(model, objective, x, extra_args) as (recording, extra_args):
+            guided_model = method(model, sigmas, objective, trace, recording, seed)
+            arguments["noise_sampler"] = guided_model.noise_sampler(source)
+            arguments["callback"] = guided_model.callback(mode(callback) if callback else None)
+            x = function(guided_model, normal(x), normal(sigmas), extra_args=extra_args, **arguments)
+            x = guided_model.finished(x)
+        trace.finished = True
+        if guided_model.guided_calls and not (trace and (guided_model.draws or len(sigmas) == 2)):
+            raise ValueError(
+                deterministic_sampler_message(objective.METHOD, "drew none in the steps that were to be guided")
+            )
+        if not guided_model.guided_calls:
+            log.warning(
+                "%s: no step of this run lies where start_percent, end_percent and the schedule of the loss allow "
+                "guidance.",
+                objective.METHOD,
+            )
+        trace.warn_of_skipped_steps(objective.METHOD)
+        return x
+
+    functools.update_wrapper(sample, function)
+    return comfy.samplers.KSAMPLER(sample, dict(sampler.extra_options), dict(sampler.inpaint_options))
+
+
+@contextlib.contextmanager
+def _prepared(
+    model: Any, objective: Objective, x: Tensor, extra_args: dict[str, Any]
+) -> Iterator[tuple[Recording, dict[str, Any]]]:
+    """All that the run differentiates, loaded and differentiable. Yields `recording` and the arguments of the model."""
+    base_model, guider = host.base_model(model), host.guider(model)
+    options = extra_args.get("model_options", {})
+    fast = objective.gradient == "fast"
+    if not fast:
+        _refuse_what_has_no_gradient(objective.METHOD, guider, options)
+
+    patchers = [guider.model_patcher, *host.additional_models(guider), *objective.loss.patchers]
+    memory = guider.model_patcher.memory_required([2 * x.shape[0], *x.shape[1:]])
+    memory *= 1 if fast else _KEPT[objective.checkpointing]
+    modules: list[nn.Module] = [objective.loss]
+    if objective.decode is not None:
+        patchers.append(objective.decode.patcher)
+        modules.append(objective.decode.module)
+        memory += _KEPT[False] * objective.decode.memory_required(x.shape)
+    # In one call: a call for the VAE alone could evict the model that is about to run.
+    comfy.model_management.load_models_gpu(patchers, memory)
+
+    holders = [link for link in host.chain(model) if not isinstance(link, nn.Module)]
+    holders += [base_model.latent_format, *host.controls(guider)]
+    if not fast:
+        modules += host.networks(guider)
+        options = host.with_differentiable_attention(options)
+        options = {
+            **options,
+            "model_function_wrapper": _model_calls(objective.METHOD, options.get("model_function_wrapper")),
+        }
+    with differentiable(*modules, holders=holders) as recording:
+        conds = guider.conds
+        if objective.gradient == "cond only" and "negative" in conds:
+            guider.conds = {**conds, "negative": _marked_constant(conds["negative"])}
+        try:
+            yield recording, normal({**extra_args, "model_options": options})
+        finally:
+            guider.conds = conds
+
+
+def _refuse_what_has_no_gradient(method: str, guider: Any, model_options: dict[str, Any]) -> None:
+    if "multigpu_clones" in model_options:
+        raise RuntimeError(
+            _no_gradient(method, "ComfyUI spreads this model over several GPUs, where it takes no gradients")
+        )
+    hooks = [cond.get("hooks") for conds in guider.conds.values() for cond in conds or ()]
+    if any(hook is not hooks[0] for hook in hooks):
+        raise RuntimeError(
+            _no_gradient(
+                method, "the prompts carry different hooks (LoRAs of their own), which rewrite the model's weights"
+            )
+        )
+
+
+def _no_gradient(method: str, why: str) -> str:
+    return (
+        f"{method}: {why}. Set gradient to 'fast', which needs no backward pass through the model, and guides with "
+        "the rest of the workflow as it is."
+    )
+
+
+class GuidedModel:
+    """A sampler's model that keeps the gradient of its latest call. A method says what becomes of it.
+
+    Called as `model(x [B, …], sigma [B], **extra_args)`, returns denoised `[B, …]`, like the model that it wraps.
+    """
+
+    guides_last_step = False  # the one to sigma 0
+
+    def __init__(
+        self,
+        model: Any,
+        sigmas: Tensor,
+        objective: Any,
+        trace: GuidanceTrace,
+        recording: Recording,
+        seed: int | None,
+    ) -> None:
+        if any(isinstance(link, GuidedModel) for link in host.chain(model)):
+            raise ValueError(f"{objective.METHOD}: this sampler is guided already. Guide it once, with one loss.")
+        if any(getattr(link, "refines_state", False) for link in host.chain(model)):
+            raise ValueError(
+                f"ILVR Reference needs the sampler itself, and here it got one that {objective.METHOD} guides. Connect "
+                f"the sampler to ILVR Reference, and that to {objective.METHOD}."
+            )
+        self.wrapped = model
+        self.objective = objective
+        self.trace = trace
+        self.recording = recording
+        self.mutation = False  # whether in-place operations have to be made legal
+        self.checkpointing: bool = objective.checkpointing
+        self.schedule: list[float] = sigmas.tolist()
+        self.model = host.base_model(model)
+        model_sampling = self.model.model_sampling
+        self.sigma_start = float(model_sampling.percent_to_sigma(objective.start_percent))
+        self.sigma_end = float(model_sampling.percent_to_sigma(objective.end_percent))
+        self.seed = seed or 0
+        self.memory: dict[Any, Any] = {}
+        self.step = 0
+        self.guided_calls = self.draws = 0
+        self.latest: Evaluation | None = None
+
+    # What a method does with the gradient
+
+    def arrived(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> None:
+        """Called before each model call with the sampler's own x, which goes on with what x becomes in place."""
+
+    def drawn(self, noise: Tensor, sigma_next: Tensor) -> Tensor:
+        """What the sampler gets for `noise`, which it draws to reach `sigma_next` after a guided call (`latest`)."""
+        return noise
+
+    def finished(self, x: Tensor) -> Tensor:
+        """The run's result for what the sampler returned."""
+        return x
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.wrapped, name)
+
+    def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        self.arrived(x, sigma, **extra_args)
+        denoised, self.latest = self.evaluated(x, sigma, **extra_args)
+        self.guided_calls += self.latest is not None
+        return denoised
+
+    def evaluated(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> tuple[Tensor, Evaluation | None]:
+        """denoised `[B, …]`, and the loss there with its gradient: None where the run is not guided."""
+        step = self._loss_step(sigma)
+        weight = self.objective.loss.weight(step) if self._guides(float(sigma.max())) else 0.0
+        if weight == 0:
+            return self.wrapped(x, sigma, **extra_args), None
+        denoised, loss, gradient = self._evaluate(x, sigma, step, **extra_args)
+        free = self._free_coordinates(x, sigma, **extra_args)
+        if free is not None:
+            gradient = gradient * free
+        return denoised, Evaluation(self.step, sigma, loss, gradient, free, weight)
+
+    def _guides(self, sigma: float) -> bool:
+        return (
+            (self.guides_last_step or self.schedule[self.step + 1] > 0)
+            and self.step % self.objective.interval == 0
+            and self.sigma_end <= sigma <= self.sigma_start
+        )
+
+    def _loss_step(self, sigma: Tensor) -> Step:
+        sampling = self.model.model_sampling
+        return Step(
+            index=self.step,
+            progress=lambda: _progress(sampling, float(sigma.max())),
+            seed=self.seed,
+            timestep=sampling.timestep(sigma) if self.objective.loss.space == "noisy" else None,
+            memory=self.memory,
+        )
+
+    def _evaluate(self, x: Tensor, sigma: Tensor, step: Step, **extra_args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """denoised `[B, …]`, loss `[B]`, and the loss's gradient `[B, …]` with respect to x (fast: to denoised)."""
+        while True:
+            try:
+                return self._differentiate(x, sigma, step, **extra_args)
+            except torch.cuda.OutOfMemoryError:
+                if self.checkpointing or self.objective.gradient == "fast":
+                    raise
+                log.warning(
+                    "%s: out of memory. Trying again with checkpointing, which stays on for this run; turn it on in "
+                    "the node to save the detour.",
+                    self.objective.METHOD,
+                )
+            except RuntimeError as error:
+                if self.mutation or "inplace operation" not in str(error):
+                    raise
+                # Something in the workflow overwrites what autograd needs, as some model patches do. Slower, but works.
+                self.mutation = True
+                continue
+            # Out here the failed attempt's tensors are gone: the exception held them.
+            self.checkpointing = True
+            comfy.model_management.soft_empty_cache()
+
+    def _differentiate(self, x: Tensor, sigma: Tensor, step: Step, **extra_args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        noisy = self.objective.loss.space == "noisy"
+        fast = self.objective.gradient == "fast" or noisy
+        recomputed = self.model.diffusion_model if self.checkpointing and not fast else None
+        with self.recording(self.mutation, recomputed), torch.set_grad_enabled(not fast):
+            x = x.detach().clone().requires_grad_(not fast)
+            denoised = self.wrapped(x, sigma, **extra_args)
+            if not fast and not denoised.requires_grad:
+                raise RuntimeError(_no_gradient(self.objective.METHOD, "this model runs without gradients here"))
+            loss, gradient = self._noisy_loss(x, sigma, step) if noisy else self._loss(denoised.detach(), step)
+            if not fast:
+                # In two steps, the second from a gradient of unit size: half precision would lose a weak loss.
+                size = gradient.flatten(1).square().mean(1).sqrt()
+                size = per_sample(torch.where(size > 0, size, 1), x)
+                gradient = torch.autograd.grad(denoised, x, gradient / size)[0] * size
+        return denoised.detach().clone(), loss, gradient
+
+    def _noisy_loss(self, x: Tensor, sigma: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """The same of a loss on x itself."""
+        with torch.enable_grad():
+            variable = x.detach().clone().requires_grad_()
+            scaled = self.model.model_sampling.calculate_input(sigma, variable)
+            return _with_gradient(self.objective.loss(scaled, step), variable)
+
+    def _loss(self, denoised: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """The loss `[B]` and its gradient with respect to x̂₀ `[B, …]`: sample i gets the gradient of loss i."""
+        with torch.enable_grad():
+            variable = denoised.detach().clone().requires_grad_()
+            decode = self.objective.decode
+            seen = variable if decode is None else decode(self.model.process_latent_out(variable))
+            return _with_gradient(self.objective.loss(seen, step), variable)
+
+    def _free_coordinates(
+        self, x: Tensor, sigma: Tensor, denoise_mask: Tensor | None = None, model_options: Any = None, **_: Any
+    ) -> Tensor | None:
+        """Where the denoise mask leaves the sampler a choice, `[B, …]` of bool; None where there is no mask."""
+        if denoise_mask is None:
+            return None
+        function = (model_options or {}).get("denoise_mask_function")
+        if function is not None:  # differential diffusion
+            options = {"model": self.wrapped.inner_model, "sigmas": self.wrapped.sigmas}
+            denoise_mask = function(sigma, denoise_mask, extra_options=options)
+        return (denoise_mask > 0).expand_as(x)
+
+    # Two things tell that a step is over: the draw that leads to the next entry of the schedule, and the next step's
+    # callback. The sigma of a call does not: the second call of dpm_2_ancestral lies on, or below, the next entry.
+
+    def _advance(self, sigma_next: float) -> None:
+        ahead = range(self.step + 1, len(self.schedule) - 1)
+        self.step = next((i for i in ahead if math.isclose(sigma_next, self.schedule[i], rel_tol=1e-4)), self.step)
+
+    def callback(self, callback: Callable[[dict[str, Any]], None] | None) -> Callable[[dict[str, Any]], None]:
+        def called(state: dict[str, Any]) -> None:
+            self.step = state["i"]
+            if callback is not None:
+                callback(state)
+
+        return called
+
+    def noise_sampler(self, source: host.NoiseSampler) -> host.NoiseSampler:
+        """`source`, with what the method makes of each draw that follows a guided call of the model."""
+
+        def draw(sigma: Tensor, sigma_next: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            noise = source(sigma, sigma_next, *args, **kwargs)
+            self.draws += 1
+            self._advance(float(sigma_next))
+            return noise if self.latest is None else self.drawn(noise, sigma_next)
+
+        return draw
+
+
+def _marked_constant(conds: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+    mark = {_CONSTANT: CONDConstant(True)}
+    return conds and [{**cond, "model_conds": {**cond.get("model_conds", {}), **mark}} for cond in conds]
+
+
+def _model_calls(method: str, wrapper: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
+    """A `model_function_wrapper` around the workflow's own, if it has one.
+
+    What is marked constant runs without a graph; what is not must leave one.
+    """
+
+    def apply(apply_model: Callable[..., Tensor], parameters: dict[str, Any]) -> Tensor:
+        x, c = parameters["input"], dict(parameters["c"])
+        wanted = not c.pop(_CONSTANT, False) and x.requires_grad
+        with torch.set_grad_enabled(wanted and torch.is_grad_enabled()):
+            if wrapper is None:
+                output = apply_model(x, parameters["timestep"], **c)
+            else:
+                output = wrapper(apply_model, {**parameters, "c": c})
+        if wanted and not output.requires_grad:
+            raise RuntimeError(_no_gradient(method, "this model runs without gradients here"))
+        return output
+
+    return apply
+
+
+def _with_gradient(loss: Tensor, variable: Tensor) -> tuple[Tensor, Tensor]:
+    """`loss` `[B]` and its gradient with respect to `variable` `[B, …]`: zero where it does not depend on it."""
+    gradient = None
+    if loss.requires_grad:
+        (gradient,) = torch.autograd.grad(loss.sum(), variable, allow_unused=True)
+    return loss.detach(), torch.zeros_like(variable) if gradient is None else gradient
+
+
+def _progress(model_sampling: Any, sigma: float) -> float:
+    """The percent of the schedule at which it has `sigma`: `percent_to_sigma`, which falls, inverted by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(model_sampling.percent_to_sigma(middle)) > sigma else (low, middle)
+    return (low + high) / 2
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """`[B]` in the dtype of `like` `[B, …]`, shaped to broadcast over it."""
+    return values.to(like).reshape(-1, *[1] * (like.ndim - 1))
