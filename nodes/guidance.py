@@ -138,8 +138,9 @@ RECURRENCE: dict[str, Any] = {
             "min": 0,
             "max": 20,
             "tooltip": (
-                "Time travel: how often each step is guided, undone by fresh noise and done again. 1 doubles the time, "
-                "follows the loss more and mends what strong guidance breaks. 0 is off."
+                "Time travel: how often each step is guided, undone by fresh noise and done again, so that the model "
+                "can fit together what guidance asks for. Each costs a step's time. Pays with many steps and strong "
+                "guidance; 0 is off."
             ),
         },
     ),

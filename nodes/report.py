@@ -13,14 +13,19 @@ from ..samplers.trace import GuidanceTrace, GuidedStep
 
 class GuidanceReport:
     DESCRIPTION = (
-        "Draws what guidance did at each step: the loss, the size of its gradient, and how far the guided noise is off "
-        "the length that noise should have. Put it behind the sampler: the latent passes through."
+        "Draws what guidance did as the noise fell: the loss, the size of its gradient, and how far the guided noise "
+        "is off the length that noise should have; and says it in words. Put it behind the sampler: the latent passes "
+        "through. A run that was cancelled is reported up to there, by the trace of its guidance node."
     )
     CATEGORY = "SphereGuide/guidance"
     FUNCTION = "report"
-    RETURN_TYPES = ("LATENT", "IMAGE")
-    RETURN_NAMES = ("samples", "report")
-    OUTPUT_TOOLTIPS = ("The latent, unchanged.", "The plots; a line for each image of the batch.")
+    RETURN_TYPES = ("LATENT", "IMAGE", "STRING")
+    RETURN_NAMES = ("samples", "report", "summary")
+    OUTPUT_TOOLTIPS = (
+        "The latent, unchanged.",
+        "The plots; a line for each image of the batch.",
+        "The summary that the node shows.",
+    )
     SEARCH_ALIASES = ["plot", "loss curve", "trace", "debug guidance"]
 
     @classmethod
@@ -35,12 +40,13 @@ class GuidanceReport:
             }
         }
 
-    def report(self, samples: dict[str, Tensor], trace: GuidanceTrace) -> tuple[dict[str, Tensor], Tensor]:
-        return samples, plot(trace.steps)
+    def report(self, samples: dict[str, Tensor], trace: GuidanceTrace) -> dict[str, Any]:
+        summary = trace.summary()
+        return {"ui": {"text": [summary]}, "result": (samples, plot(trace.steps), summary)}
 
 
 def plot(steps: list[GuidedStep]) -> Tensor:
-    """IMAGE `[1, 360, 1200, 3]`: loss, gradient norm and radius error over the steps, a line a sample."""
+    """IMAGE `[1, 360, 1200, 3]`: loss, gradient norm and radius error over sigma, a line a sample; crosses: skipped."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -49,19 +55,25 @@ def plot(steps: list[GuidedStep]) -> Tensor:
 
     figure = Figure(figsize=(12, 3.6), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    x = [step.step for step in steps]
+    sigma = np.array([step.sigma for step in steps])
+    skipped = np.array([step.skipped for step in steps])
     curves = {
         "loss": [step.loss for step in steps],
         "gradient norm": [step.gradient_norm for step in steps],
         "radius error  |‖ε′‖/√n − 1|": [[abs(r - 1) for r in step.radius] for step in steps],
     }
     for axes, (title, values) in zip(figure.subplots(1, len(curves)), curves.items(), strict=True):
-        axes.set(title=title, xlabel="step")
+        axes.set(title=title, xlabel="sigma")
         axes.grid(alpha=0.3)
-        if steps:
-            axes.plot(x, values, linewidth=1.2, marker=".", markersize=3)
-        else:
+        if not steps:
             axes.text(0.5, 0.5, "no step was guided", transform=axes.transAxes, ha="center")
+            continue
+        axes.plot(sigma, values, linewidth=1.2, marker=".", markersize=3)
+        finite = np.nan_to_num(np.array(values, dtype=float), posinf=0, neginf=0)
+        at = np.nonzero(skipped)
+        axes.plot(sigma[at[0]], finite[at], "x", color="crimson")
+        axes.set_xscale("log")
+        axes.invert_xaxis()  # as sampling goes, from noise to image
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype(np.float32) / 255
     return torch.from_numpy(pixels)[None]

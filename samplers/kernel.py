@@ -123,9 +123,10 @@ def steered(
         disable: bool | None = None,
         **options: Any,
     ) -> Tensor:
-        trace.clear()
+        trace.begin(objective.METHOD)
         arguments: dict[str, Any] = {"callback": callback, "disable": disable, **options}
         if objective.off or len(sigmas) < 2:
+            trace.finished = True
             return function(model, x, sigmas, extra_args=extra_args, **arguments)
         extra_args = extra_args or {}
         seed = extra_args.get("seed")
@@ -148,7 +149,7 @@ def steered(
                 "guidance.",
                 objective.METHOD,
             )
-        trace.warn_of_skipped_steps(objective.METHOD)
+        trace.warn_of_skipped_steps()
         return x
 
     functools.update_wrapper(sample, function)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +47,9 @@ class GuidanceTrace:
     A run that is cancelled or fails leaves what it had until then, and `finished` false.
     """
 
-    _records: list[dict[str, Any]] = field(default_factory=list)
+    method: str = ""
     finished: bool = False
+    _records: list[dict[str, Any]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         """Whether any step was guided."""
@@ -60,9 +62,9 @@ class GuidanceTrace:
             for record in self._records
         ]
 
-    def clear(self) -> None:
+    def begin(self, method: str) -> None:
+        self.method, self.finished = method, False
         self._records.clear()
-        self.finished = False
 
     def record(self, at: Evaluation, sigma_next: Tensor, noise: Tensor | None, usable: Tensor) -> None:
         """Tensors stay on their device until `steps` is read.
@@ -76,7 +78,7 @@ class GuidanceTrace:
         values = {"sigma": at.sigma.max(), "sigma_next": sigma_next, "loss": at.loss, "gradient_norm": at.norm}
         self._records.append({"step": at.step, **values, "radius": radius, "skipped": ~usable})
 
-    def warn_of_skipped_steps(self, method: str) -> None:
+    def warn_of_skipped_steps(self) -> None:
         """One warning a run, if any draw was left alone."""
         steps = self.steps
         skipped = sum(any(step.skipped) for step in steps)
@@ -84,7 +86,27 @@ class GuidanceTrace:
             log.warning(
                 "%s: in %d of %d guided steps the gradient of the loss was zero or not finite, and the step was left "
                 "as it was. The loss may not depend on the image, be already fulfilled, or have given NaN.",
-                method,
+                self.method,
                 skipped,
                 len(steps),
             )
+
+    def summary(self) -> str:
+        """What happened, in words and numbers: a line for the run, and one for each sample."""
+        steps = self.steps
+        if not steps:
+            return "No run yet." if not self.method else f"{self.method}: no step was guided."
+        state = "" if self.finished else f", cancelled or failed after sigma {steps[-1].sigma:.3g}"
+        lines = [
+            f"{self.method}: {len({step.step for step in steps})} steps guided, sigma {steps[0].sigma:.3g} to "
+            f"{steps[-1].sigma:.3g}{state}"
+        ]
+        for i in range(len(steps[0].loss)):
+            skipped = sum(step.skipped[i] for step in steps)
+            radii = [abs(step.radius[i] - 1) for step in steps if not math.isnan(step.radius[i])]
+            lines.append(
+                f"sample {i + 1}: loss {steps[0].loss[i]:.4g} to {steps[-1].loss[i]:.4g}, gradient norm "
+                f"{steps[0].gradient_norm[i]:.3g} to {steps[-1].gradient_norm[i]:.3g}, radius error at most "
+                f"{max(radii, default=math.nan):.1g}, {skipped or 'no'} step{'' if skipped == 1 else 's'} skipped"
+            )
+        return "\n".join(lines)

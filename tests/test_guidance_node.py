@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from types import SimpleNamespace
+
 import comfy.samplers
 import gaussian_mixture
 import pytest
@@ -9,8 +12,11 @@ import tiny_models
 import torch
 from sphereguide import host
 from sphereguide.losses.measurement import Inpainting, SuperResolution
+from sphereguide.models.decoder import Decoder
 from sphereguide.nodes.guidance import DSGGuidance
 from sphereguide.nodes.report import GuidanceReport
+from sphereguide.samplers import autograd, kernel
+from sphereguide.samplers.autograd import differentiable
 from test_dsg import Distance
 
 SETTINGS = {
@@ -73,7 +79,159 @@ def test_an_image_of_the_wrong_size_is_refused_at_the_first_guided_step():
 def test_the_report_passes_the_latent_through_and_draws(guided_steps):
     sampler, trace = guide(guidance_rate=0.2 if guided_steps else 0.0)
     latent = {"samples": gaussian_mixture.sample(sampler, gaussian_mixture.patcher(), batch=2, steps=5)}
-    passed, image = GuidanceReport().report(latent, trace)
+    report = GuidanceReport().report(latent, trace)
+    passed, image, summary = report["result"]
     assert passed is latent
     assert image.shape == (1, 360, 1200, 3) and image.dtype == torch.float32
     assert 0 <= image.min() < 0.2 and image.max() == 1  # ink on paper
+    assert report["ui"] == {"text": [summary]}
+    if guided_steps:
+        first, *samples = summary.splitlines()
+        assert first == f"DSG Guidance: 4 steps guided, sigma {trace.steps[0].sigma:.3g} to {trace.steps[-1].sigma:.3g}"
+        assert [line.split(":")[0] for line in samples] == ["sample 1", "sample 2"]
+        assert f"loss {trace.steps[0].loss[1]:.4g} to {trace.steps[-1].loss[1]:.4g}" in samples[1]
+        assert samples[0].endswith("no steps skipped")
+    else:
+        assert summary == "DSG Guidance: no step was guided."
+
+
+def test_the_summary_counts_what_was_skipped():
+    class Broken(Distance):
+        def forward(self, latents, step=None):
+            return super().forward(latents) * (torch.tensor([1.0, torch.nan]) if step.index == 2 else 1)
+
+    sampler, trace = guide(loss=Broken())
+    gaussian_mixture.sample(sampler, gaussian_mixture.patcher(), batch=2, steps=5)
+    first, second = trace.summary().splitlines()[1:]
+    assert first.endswith("no steps skipped") and second.endswith("1 step skipped")
+    assert GuidanceReport().report({}, trace)["result"][1].isfinite().all()
+
+
+class Interrupted(BaseException):
+    """What newer hosts raise when a run is cancelled is of this kind."""
+
+
+def test_the_trace_of_a_cancelled_run_is_kept():
+    def cancel(step, *_):
+        if step == 2:
+            raise Interrupted
+
+    sampler, trace = guide()
+    model = gaussian_mixture.patcher()
+    with pytest.raises(Interrupted):
+        gaussian_mixture.sample(sampler, model, steps=6, callback=cancel)
+    assert [step.step for step in trace.steps] == [0, 1] and not trace.finished
+    assert "2 steps guided" in trace.summary() and "cancelled or failed after sigma" in trace.summary()
+    gaussian_mixture.sample(sampler, model, steps=6)
+    assert len(trace.steps) == 5 and "cancelled" not in trace.summary()
+
+
+def test_before_any_run_the_report_says_so():
+    _, trace = guide()
+    assert GuidanceReport().report({}, trace)["result"][2] == "No run yet."
+
+
+def test_an_empty_range_of_recurrence_is_refused():
+    with pytest.raises(ValueError, match=r"recurrence_start \(0.8\) is not before recurrence_end \(0.2\)"):
+        guide(recurrence=1, recurrence_start=0.8, recurrence_end=0.2)
+    guide(recurrence=0, recurrence_start=0.8, recurrence_end=0.2)  # nothing asks for it
+
+
+def test_a_smaller_decode_gives_an_image_of_full_size_and_a_gradient():
+    vae = tiny_models.TinyVAE()
+    latents = torch.randn(2, 4, 9, 6, generator=torch.manual_seed(0)).requires_grad_()
+    with differentiable(vae.first_stage_model) as recording, recording():
+        whole, half = (Decoder(vae, size)(latents) for size in (1.0, 0.5))
+        (gradient,) = torch.autograd.grad(half.square().sum(), latents)
+    assert half.shape == whole.shape == (2, 3, 72, 48)
+    assert gradient.isfinite().all() and (gradient != 0).all()
+    small = torch.nn.functional.interpolate(latents.detach(), size=(4, 3), mode="bicubic", antialias=True)
+    with torch.inference_mode():
+        expected = torch.nn.functional.interpolate(Decoder(vae)(small), size=(72, 48), mode="bilinear")
+    torch.testing.assert_close(half.detach(), expected)
+
+
+def test_a_smaller_decode_reserves_less_and_refuses_several_frames():
+    vae = tiny_models.TinyVAE()
+    vae.memory_used_decode = lambda shape, dtype: float(torch.Size(shape).numel())
+    assert Decoder(vae, 0.5).memory_required(torch.Size((2, 4, 8, 8))) == 2 * 4 * 4 * 4
+    with pytest.raises(ValueError, match="video of 3 frames"):
+        Decoder(vae, 0.5)(torch.zeros(1, 4, 3, 8, 8))
+    with torch.inference_mode():
+        image = Decoder(vae, 0.5)(torch.zeros(1, 4, 1, 8, 8))
+    assert image.shape == (1, 3, 64, 64)
+
+
+def test_a_small_decode_guides_measured_images():
+    known = torch.rand(1, 3, 64, 64, generator=torch.manual_seed(1))
+    results = {}
+    for size in (1.0, 0.5):
+        loss = Inpainting(known, torch.zeros(1, 1, 64, 64))
+        sampler, trace = guide(loss=loss, vae=tiny_models.TinyVAE(), decode_scale=size)
+        guider = comfy.samplers.CFGGuider(tiny_models.sd15())
+        guider.set_conds(tiny_models.conditioning(), tiny_models.conditioning())
+        with torch.inference_mode():
+            sigmas = comfy.samplers.calculate_sigmas(guider.model_patcher.model.model_sampling, "karras", 4)
+            noise = torch.randn(1, 4, 8, 8, generator=torch.manual_seed(0))
+            results[size] = guider.sample(noise, torch.zeros(1, 4, 8, 8), sampler, sigmas, disable_pbar=True, seed=0)
+        assert len(trace.steps) == 3 and not any(any(step.skipped) for step in trace.steps)
+    assert not torch.equal(results[1.0], results[0.5])
+
+
+def test_out_of_memory_in_the_gradient_is_tried_again_with_checkpointing(monkeypatch, caplog):
+    """Once a run, in the first gradient; the run that follows it does without again."""
+    model, asked = tiny_models.sd15(), []
+
+    def recording(mutation=False, checkpointing=None):
+        asked.append(checkpointing is not None)
+        if checkpointing is None:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return autograd._recording(mutation, checkpointing)
+
+    @contextlib.contextmanager
+    def differentiable_with_little_memory(*modules, holders=()):
+        with differentiable(*modules, holders=holders):
+            yield recording
+
+    target = Distance(torch.zeros(1, 4, 8, 8))
+
+    def result(**changes):
+        sampler, _ = guide(loss=target, **changes)
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(tiny_models.conditioning(), tiny_models.conditioning())
+        with torch.inference_mode():
+            sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, "karras", 4)
+            noise = torch.randn(1, 4, 8, 8, generator=torch.manual_seed(0))
+            return guider.sample(noise, torch.zeros(1, 4, 8, 8), sampler, sigmas, disable_pbar=True, seed=0)
+
+    expected = result(checkpointing=True)
+    with monkeypatch.context() as context:
+        context.setattr(kernel, "differentiable", differentiable_with_little_memory)
+        assert torch.equal(result(), expected)
+        assert asked == [False, True, True, True]
+        assert caplog.text.count("out of memory. Trying again with checkpointing") == 1
+        context.setattr(autograd, "_recording", None)  # no memory for that either
+        asked.clear()
+        with pytest.raises(TypeError):
+            result()
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            result(gradient="fast")
+        assert asked == [False, True, False]
+    assert torch.equal(result(checkpointing=True), expected)
+
+
+def test_the_host_is_told_what_a_gradient_needs(monkeypatch):
+    told = []
+    management = SimpleNamespace(load_models_gpu=lambda patchers, memory: told.append(memory))
+    monkeypatch.setattr(kernel, "comfy", SimpleNamespace(model_management=management, samplers=comfy.samplers))
+    model = tiny_models.sd15()
+    for settings in ({"gradient": "fast"}, {"checkpointing": True}, {}):
+        sampler, _ = guide(loss=Distance(torch.zeros(1, 4, 8, 8)), **settings)
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(tiny_models.conditioning(), tiny_models.conditioning())
+        with torch.inference_mode():
+            sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, "karras", 2)
+            guider.sample(torch.randn(1, 4, 8, 8), torch.zeros(1, 4, 8, 8), sampler, sigmas, disable_pbar=True)
+    fast, checkpointing, full = told
+    assert fast == model.memory_required([2, 4, 8, 8])  # cond and uncond
+    assert fast < checkpointing < full

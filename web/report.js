@@ -1,0 +1,26 @@
+// Shows the summary of Guidance Report on the node.
+import { app } from "../../scripts/app.js";
+import { ComfyWidgets } from "../../scripts/widgets.js";
+
+app.registerExtension({
+  name: "SphereGuide.Report",
+  beforeRegisterNodeDef(nodeType, nodeData) {
+    if (nodeData.name !== "SphereGuideReport") return;
+    const { onExecuted } = nodeType.prototype;
+    nodeType.prototype.onExecuted = function (output) {
+      onExecuted?.apply(this, arguments);
+      if (!output?.text) return;
+      let widget = this.widgets?.find((widget) => widget.name === "summary");
+      if (!widget) {
+        widget = ComfyWidgets.STRING(this, "summary", ["STRING", { multiline: true }], app).widget;
+        widget.inputEl.readOnly = true;
+        // What a run said is not part of the workflow: neither saved with it nor sent with the prompt.
+        widget.serialize = false;
+        widget.options = { ...widget.options, serialize: false };
+        widget.serializeValue = () => undefined;
+      }
+      widget.value = output.text.join("\n");
+      this.setSize?.([Math.max(this.size[0], 420), Math.max(this.size[1], this.computeSize()[1])]);
+    };
+  },
+});
