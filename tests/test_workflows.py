@@ -37,7 +37,8 @@ def build() -> Any:
 def test_files_are_what_the_script_writes(build: Any) -> None:
     for path, text in build.files().items():
         assert path.read_text(encoding="utf-8") == text, f"run workflows/build.py: {path.name} is not what it writes"
-    assert set(WORKFLOWS) == set(build.WORKFLOWS) == {*RESTORED, *STEERED}  # and the demo runs them all
+    # The demo runs all but the sweep.
+    assert set(WORKFLOWS) == set(build.WORKFLOWS) == {*RESTORED, *STEERED, "toy_strength_sweep"}
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
@@ -150,3 +151,17 @@ def test_workflow_that_steers_runs_and_makes_another_picture_than_without_guidan
     guided, plain = (load(comfy_server.images(comfy_server.run(one), save))[0] for one in (prompt, unguided(prompt)))
     assert guided.shape == (128, 128, 3)
     assert np.abs(guided.astype(int) - plain).mean() > 1
+
+
+@pytest.mark.server
+def test_the_sweep_goes_from_the_unguided_picture_further_and_further(comfy_server: ComfyServer) -> None:
+    shutil.copy(ROOT / "workflows" / "sphereguide_style.png", comfy_server.input)
+    prompt = read("api", "toy_strength_sweep.json")
+    samplers = [node["inputs"] for node in prompt.values() if node["class_type"] == "SphereGuideKSampler"]
+    for inputs in samplers:
+        inputs["steps"] = 6
+    pictures = np.array(load(comfy_server.images(comfy_server.run(prompt), node_of(prompt, "SaveImage"))), dtype=int)
+    rates = [inputs["guidance_rate"] for inputs in samplers]
+    assert len(pictures) == len(rates) and rates == sorted(rates) and (rates[0], rates[-1]) == (0, 1)
+    change = [np.abs(picture - pictures[0]).mean() for picture in pictures]
+    assert change[1] > 1 and change[-1] > 2 * change[1]

@@ -40,6 +40,7 @@ TYPES = {
     "EmptyLatentImage": Type({}, {"LATENT": "LATENT"}),
     "KSamplerSelect": Type({}, {"SAMPLER": "SAMPLER"}),
     "LoadImage": Type({}, {"IMAGE": "IMAGE", "MASK": "MASK"}),
+    "LatentBatch": Type({"samples1": "LATENT", "samples2": "LATENT"}, {"LATENT": "LATENT"}),
     "PreviewImage": Type({"images": "IMAGE"}),
     "SamplerCustom": Type(
         {
@@ -58,6 +59,17 @@ TYPES = {
         {"sampler": "SAMPLER", "loss": "GUIDANCE_LOSS", "vae": "VAE"},
         {"sampler": "SAMPLER", "trace": "GUIDANCE_TRACE"},
     ),
+    "SphereGuideKSampler": Type(
+        {
+            "model": "MODEL",
+            "positive": "CONDITIONING",
+            "negative": "CONDITIONING",
+            "latent_image": "LATENT",
+            "loss": "GUIDANCE_LOSS",
+            "vae": "VAE",
+        },
+        {"latent": "LATENT", "trace": "GUIDANCE_TRACE"},
+    ),
     "SphereGuideCLIPTextLoss": Type({"open_clip_model": "OPEN_CLIP_MODEL"}, {"loss": "GUIDANCE_LOSS"}),
     "SphereGuideCombineLosses": Type(
         {f"loss_{number}": "GUIDANCE_LOSS" for number in (1, 2, 3, 4)}, {"loss": "GUIDANCE_LOSS"}
@@ -70,7 +82,8 @@ TYPES = {
     "SphereGuideLoadOpenCLIP": Type({}, {"open_clip_model": "OPEN_CLIP_MODEL"}),
     "SphereGuideLoadSegmentationModel": Type({}, {"segmentation_model": "SEGMENTATION_MODEL", "labels": "STRING"}),
     "SphereGuideReport": Type(
-        {"samples": "LATENT", "trace": "GUIDANCE_TRACE"}, {"samples": "LATENT", "report": "IMAGE"}
+        {"samples": "LATENT", "trace": "GUIDANCE_TRACE"},
+        {"samples": "LATENT", "report": "IMAGE", "summary": "STRING"},
     ),
     "SphereGuideSegmentationLoss": Type(
         {
@@ -228,6 +241,22 @@ class Workflow:
         return TYPES[self.nodes[wire[0]].type].outputs[wire[1]]
 
 
+def guidance(rate: float) -> dict[str, Any]:
+    """The widgets that DSG Guidance and KSampler (DSG Guided) share."""
+    return {
+        "guidance_rate": rate,
+        "interval": 1,
+        "start_percent": 0.0,
+        "end_percent": 1.0,
+        "gradient": "full",
+        "checkpointing": False,
+        "recurrence": 0,
+        "recurrence_start": 0.0,
+        "recurrence_end": 1.0,
+        "decode_scale": 1.0,
+    }
+
+
 def steered(
     name: str,
     condition: dict[str, Node],
@@ -266,15 +295,8 @@ def steered(
         "dsg": Node(
             "SphereGuideDSG",
             (1520, 540),
-            (300, 230),
-            {
-                "guidance_rate": guidance_rate,
-                "interval": 1,
-                "start_percent": 0.0,
-                "end_percent": 1.0,
-                "gradient": "full",
-                "checkpointing": False,
-            },
+            (300, 290),
+            guidance(guidance_rate),
             {"sampler": ("select", "SAMPLER"), "loss": ("loss", "loss"), "vae": ("vae of guidance", "")},
             "DSG Guidance",
         ),
@@ -444,6 +466,85 @@ def face_loss(at: tuple[int, int]) -> Node:
     return Node("SphereGuideFaceIDLoss", at, (300, 310), widgets, wires)
 
 
+def sweep(name: str, condition: dict[str, Node], rates: tuple[float, ...], note: str) -> Workflow:
+    """One seed at each of the strengths, side by side. `condition` makes the node "loss", like that of `steered`."""
+    samplers, batches = {}, {}
+    last = len(rates) - 1
+    for i, rate in enumerate(rates):
+        samplers[f"sample {i}"] = Node(
+            "SphereGuideKSampler",
+            (1520 + 340 * i, 0),
+            (300, 560),
+            {
+                "seed": 7,
+                "steps": STEPS,
+                "cfg": 1.0,
+                "sampler_name": "euler_ancestral",
+                "scheduler": "normal",
+                "denoise": 1.0,
+                **guidance(rate),
+            },
+            {
+                "model": ("toy", "MODEL"),
+                "positive": ("positive", "CONDITIONING"),
+                "negative": ("negative", "CONDITIONING"),
+                "latent_image": ("latent", "LATENT"),
+                "loss": ("loss", "loss"),
+                "vae": ("vae of guidance", ""),
+            },
+            f"Strength {rate:g}",
+        )
+        if i:
+            before = ("sample 0", "latent") if i == 1 else (f"batch {i - 1}", "LATENT")
+            wires = {"samples1": before, "samples2": (f"sample {i}", "latent")}
+            batches[f"batch {i}"] = Node("LatentBatch", (1520 + 340 * i, 700), (300, 60), {}, wires)
+    right = 1520 + 340 * len(rates)
+    nodes = {
+        "note": Node("Note", (0, 0), (320, 560), {"text": paragraphs(note)}, title="What this does"),
+        "toy": Node("SphereGuideToyPortraits", (380, 0), (250, 70), title="Load Toy Portraits"),
+        "vae": Node("Reroute", (720, 1040), (75, 26), {}, {"": ("toy", "VAE")}),
+        "vae of guidance": Node("Reroute", (1430, 1040), (75, 26), {}, {"": ("vae", "")}),
+        "vae of result": Node("Reroute", (right - 100, 1040), (75, 26), {}, {"": ("vae of guidance", "")}),
+        "positive": Node(
+            "CLIPTextEncode",
+            (760, 180),
+            (300, 100),
+            {"text": ""},
+            {"clip": ("toy", "CLIP")},
+            "Prompt (may be empty)",
+        ),
+        "negative": Node(
+            "CLIPTextEncode", (760, 335), (300, 100), {"text": ""}, {"clip": ("toy", "CLIP")}, "Negative prompt"
+        ),
+        "latent": Node("EmptyLatentImage", (1130, 335), (300, 110), {"width": 128, "height": 128, "batch_size": 1}),
+        **condition,
+        **samplers,
+        **batches,
+        "decode": Node(
+            "VAEDecode",
+            (right, 700),
+            (200, 60),
+            {},
+            {"samples": (f"batch {last}", "LATENT"), "vae": ("vae of result", "")},
+        ),
+        "save": Node(
+            "SaveImage",
+            (right, 0),
+            (620, 560),
+            {"filename_prefix": f"sphereguide/{name}"},
+            {"images": ("decode", "IMAGE")},
+            "From no guidance to too much",
+        ),
+    }
+    groups = [
+        Group("Model and prompt", (360, -80, 1090, 530), "#3f789e"),
+        Group("What to steer by", (360, 460, 1090, 560), "#88A"),
+        Group("One seed at rising strength", (1500, -80, 340 * len(rates), 660), "#8A8"),
+        Group("Side by side", (1840, 620, 340 * len(rates) + 500, 170), "#b06634"),
+    ]
+    return Workflow(nodes, groups)
+
+
 RESTORATION = f"""
 Drop {PICTURE}, which lies beside this workflow, on Load Image, and queue.
 
@@ -587,6 +688,22 @@ For photos set crop to detect, which finds the face by itself. Cartoons have the
         + drop((PICTURE, "Reference face"))
         + STEERING,
         guidance_rate=0.4,
+    ),
+    "toy_strength_sweep": sweep(
+        "strength_sweep",
+        by_style(),
+        (0.0, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0),
+        """
+The same seed seven times, with guidance_rate from 0 to 1: no guidance on the left, and on the right more than the
+picture can bear. Where it begins to look wrong depends on the loss, the model and the number of steps, so sweep once
+for each of your recipes, and then work at a strength below that.
+"""
+        + drop((STYLE, "Picture of the style"))
+        + """
+Turn these:
+- the guidance_rate of each KSampler, to look more closely at a range.
+- the loss: put any other in its place.
+- seed: the same number in all of them.""",
     ),
     "toy_combined": steered(
         "combined",
