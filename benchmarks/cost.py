@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import gc
 import statistics
 import sys
@@ -125,9 +126,10 @@ def dsg(**settings: Any) -> comfy.samplers.KSAMPLER:
 
 
 def measure(bench: Bench, sampler: comfy.samplers.KSAMPLER, cfg: float, pairs: int) -> dict[str, float]:
-    """Medians of the paired ratio and of both times, in ms, and the peak of memory beyond what the model takes."""
+    """Medians of the paired ratio and of both times, in ms, and the peaks of memory beyond what the model takes."""
     ratios, guided_ms, plain_ms = [], [], []
-    memory = peak_memory(lambda: bench.run(sampler, cfg))  # also what warms it up
+    bench.run(sampler, cfg)
+    memory, unguided_memory = (peak_memory(functools.partial(bench.run, one, cfg)) for one in (sampler, plain()))
     for _ in range(pairs):
         before, after = bench.run(plain(), cfg), bench.run(sampler, cfg)
         ratios.append(statistics.mean(after) / statistics.mean(before))
@@ -138,6 +140,7 @@ def measure(bench: Bench, sampler: comfy.samplers.KSAMPLER, cfg: float, pairs: i
         "step_ms": round(statistics.median(guided_ms), 2),
         "unguided_step_ms": round(statistics.median(plain_ms), 2),
         "peak_memory_mb": memory,
+        "unguided_memory_mb": unguided_memory,
     }
 
 
@@ -200,8 +203,10 @@ CELLS: list[dict[str, Any]] = [
     {"kind": "model", "gradient": "cond only", "cfg": 3.0, "checkpointing": True},
     {"kind": "loss", "gradient": "full", "cfg": 1.0},
     {"kind": "loss", "gradient": "fast", "cfg": 1.0},
+    {"kind": "loss", "gradient": "full", "cfg": 1.0, "decode_scale": 0.5},
+    {"kind": "loss", "gradient": "full", "cfg": 1.0, "checkpointing": True},
 ]
-QUICK = [0, 1, 2, 5, 6]
+QUICK = [0, 1, 2, 4, 5, 6]
 
 
 def sampler_of(cell: dict[str, Any], decode: Decoder, size: int) -> comfy.samplers.KSAMPLER:
@@ -209,6 +214,7 @@ def sampler_of(cell: dict[str, Any], decode: Decoder, size: int) -> comfy.sample
     if cell["kind"] == "bare":
         return bare()
     if cell["kind"] == "loss":
+        decode = Decoder(decode.vae, cell.get("decode_scale", 1.0))
         settings |= {"loss": SuperResolution(torch.rand(1, 3, size * 2, size * 2), 4), "decode": decode}
     return dsg(**settings)
 
@@ -242,6 +248,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                     f"cfg {row['cfg']:g}",
                     f"interval {row['interval']}" if row["interval"] > 1 else "",
                     "checkpointing" if row["checkpointing"] else "",
+                    f"decode at {row['decode_scale']:g}" if row["decode_scale"] < 1 else "",
                     "+ decode and loss" if row["kind"] == "loss" else "",
                 )
                 if part
@@ -266,23 +273,29 @@ def main() -> None:
     settings = {"quick": options.quick, "sampler": "euler_ancestral", "batch": 1, "dtype": "float32"}
     result = Result("cost", settings, options.json)
     print(
-        f"{'model':14} {'kind':6} {'gradient':10} {'cfg':>3} {'every':>5} {'ckpt':>5} {'ratio':>7} {'ms':>9} {'MB':>8}"
+        f"{'model':14} {'kind':6} {'gradient':10} {'cfg':>3} {'every':>5} {'ckpt':>5} {'ratio':>7} {'ms':>9} {'MB':>8} "
+        f"{'unguided':>9}"
     )
     for bench, decode, size, pairs in models(options.quick):
         for index, cell in enumerate(CELLS):
             if options.quick and index not in QUICK:
                 continue
-            about = {"model": bench.name, "gradient": None, "interval": 1, "checkpointing": False, **cell}
+            about = {"model": bench.name, "gradient": None, "interval": 1, "checkpointing": False, "decode_scale": 1.0}
+            about |= cell
             row = result.find(about)
             if row is None:
                 row = about | measure(bench, sampler_of(cell, decode, size), cell["cfg"], pairs)
                 if cell["kind"] == "bare":
                     row |= {"wrapper_share": wrapper_share(bench, pairs), "setup_ms": setup_ms(bench.patcher)}
                 result.add(row)
-            memory = "" if row["peak_memory_mb"] is None else f"{row['peak_memory_mb']:.1f}"
+            memory = (
+                ""
+                if row["peak_memory_mb"] is None
+                else f"{row['peak_memory_mb']:8.1f} {row['unguided_memory_mb']:9.1f}"
+            )
             print(
                 f"{row['model']:14} {row['kind']:6} {row['gradient'] or '':10} {row['cfg']:3g} {row['interval']:5} "
-                f"{row['checkpointing']!s:>5} {row['step_ratio']:7.2f} {row['step_ms']:9.1f} {memory:>8}",
+                f"{row['checkpointing']!s:>5} {row['step_ratio']:7.2f} {row['step_ms']:9.1f} {memory}",
                 flush=True,
             )
             if cell["kind"] == "bare":

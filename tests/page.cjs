@@ -1,5 +1,7 @@
 // node page.cjs URL WORKFLOW.json: drops the file on the canvas of ComfyUI's page, as a person does, queues it with the
-// page's own code, and prints what the page made of it as JSON. Serves the page of 2024 and the newer ones.
+// page's own code, and prints what the page made of it as JSON. Serves the page of 2024 and the newer ones. With
+// SUMMARY set it waits for the run, and prints what Guidance Report says on the node too, and the prompt after that;
+// SCREENSHOT names a PNG to write at the end.
 const { readFileSync } = require("node:fs");
 const { basename } = require("node:path");
 const { chromium } = require("playwright-core");
@@ -35,7 +37,17 @@ const quiet = ["--disable-background-networking", "--disable-component-update", 
   );
   const prompt = await page.evaluate(async () => (await window.app.graphToPrompt()).output);
   await page.evaluate(() => window.app.queuePrompt(0, 1));
-  console.log(JSON.stringify({ missing, prompt }));
+  const seen = { missing, prompt };
+  if (process.env.SUMMARY) {
+    const summary = () =>
+      window.app.graph._nodes
+        .find((node) => node.type === "SphereGuideReport")
+        .widgets?.find((widget) => widget.name === "summary")?.value;
+    seen.summary = await (await page.waitForFunction(summary, null, { timeout: 120000 })).jsonValue();
+    seen.later = await page.evaluate(async () => (await window.app.graphToPrompt()).output);
+  }
+  if (process.env.SCREENSHOT) await page.screenshot({ path: process.env.SCREENSHOT });
+  console.log(JSON.stringify(seen));
   await browser.close();
 })().catch((error) => {
   console.error(error);

@@ -34,24 +34,14 @@ def reason_to_skip() -> str:
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.skipif(reason_to_skip() != "", reason=reason_to_skip())]
 
 
-@pytest.mark.parametrize("name", [*RESTORED, *STEERED])
-def test_workflow_dropped_on_the_page_gives_the_picture_of_its_api_twin(
-    comfy_server: ComfyServer, name: str, tmp_path: Path
-) -> None:
-    twin = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
-    workflow = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
-    scheduler = node_of(twin, "BasicScheduler")
-    twin[scheduler]["inputs"]["steps"] = 4  # time matters, the number of steps does not
-    (node,) = (node for node in workflow["nodes"] if str(node["id"]) == scheduler)
-    node["widgets_values"][1] = 4
-    (dropped := tmp_path / f"{name}.json").write_text(json.dumps(workflow), encoding="utf-8")
-
+def dropped(server: ComfyServer, workflow: dict, tmp_path: Path, **environment: str) -> dict:
+    """What the page says of the workflow, which it has been given and has queued."""
     for picture in (ROOT / "workflows").glob("sphereguide_*.png"):
-        shutil.copy(picture, comfy_server.input)
-    earlier = comfy_server.get_json("/history").keys()
+        shutil.copy(picture, server.input)
+    (path := tmp_path / "workflow.json").write_text(json.dumps(workflow), encoding="utf-8")
     page = subprocess.run(
-        ["node", str(ROOT / "tests" / "page.cjs"), comfy_server.url, str(dropped)],
-        env={**os.environ, "CHROMIUM": CHROMIUM or ""},
+        ["node", str(ROOT / "tests" / "page.cjs"), server.url, str(path)],
+        env={**os.environ, "CHROMIUM": CHROMIUM or "", **environment},
         capture_output=True,
         text=True,
         timeout=300,
@@ -59,11 +49,34 @@ def test_workflow_dropped_on_the_page_gives_the_picture_of_its_api_twin(
     assert page.returncode == 0, page.stderr
     seen = json.loads(page.stdout)
     assert seen["missing"] == []
+    for node in seen["prompt"].values():
+        node["inputs"].pop("upload", None)  # the older page sends its upload button along
+    return seen
+
+
+def read(name: str, steps: int) -> tuple[dict, dict]:
+    """The workflow for the page and its twin for the server, with fewer steps: time matters, their number does not."""
+    workflow = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    twin = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
     for key, node in twin.items():
-        sent = seen["prompt"][key]
-        sent["inputs"].pop("upload", None)  # the older page sends its upload button along
-        assert (sent["class_type"], sent["inputs"]) == (node["class_type"], node["inputs"])
-    assert seen["prompt"].keys() == twin.keys()
+        if "steps" in node["inputs"]:
+            (drawn,) = (one for one in workflow["nodes"] if str(one["id"]) == key)
+            drawn["widgets_values"][drawn["widgets_values"].index(node["inputs"]["steps"])] = steps
+            node["inputs"]["steps"] = steps
+    return workflow, twin
+
+
+def asked(prompt: dict) -> dict:
+    return {key: (node["class_type"], node["inputs"]) for key, node in prompt.items()}
+
+
+@pytest.mark.parametrize("name", [*RESTORED, *STEERED])
+def test_workflow_dropped_on_the_page_gives_the_picture_of_its_api_twin(
+    comfy_server: ComfyServer, name: str, tmp_path: Path
+) -> None:
+    workflow, twin = read(name, steps=4)
+    earlier = comfy_server.get_json("/history").keys()
+    assert asked(dropped(comfy_server, workflow, tmp_path)["prompt"]) == asked(twin)
 
     save = node_of(twin, "SaveImage")
     from_page = finished(comfy_server, earlier)["outputs"][save]["images"]
@@ -73,6 +86,26 @@ def test_workflow_dropped_on_the_page_gives_the_picture_of_its_api_twin(
     for image, expected in zip(from_page, load(comfy_server.images(run, save)), strict=True):
         query = {key: image[key] for key in ("filename", "subfolder", "type")}
         np.testing.assert_array_equal(load([comfy_server.get("/view", **query)])[0], expected)
+
+
+def test_the_sweep_dropped_on_the_page_is_its_api_twin(comfy_server: ComfyServer, tmp_path: Path) -> None:
+    workflow, twin = read("toy_strength_sweep", steps=2)
+    earlier = comfy_server.get_json("/history").keys()
+    assert asked(dropped(comfy_server, workflow, tmp_path)["prompt"]) == asked(twin)
+    assert len(finished(comfy_server, earlier)["outputs"][node_of(twin, "SaveImage")]["images"]) == 7
+
+
+def test_the_report_says_on_the_node_what_happened_and_leaves_the_prompt_alone(
+    comfy_server: ComfyServer, tmp_path: Path
+) -> None:
+    workflow, twin = read("toy_inpainting", steps=5)
+    seen = dropped(comfy_server, workflow, tmp_path, SUMMARY="1")
+    first, sample = seen["summary"].splitlines()
+    assert first.startswith("DSG Guidance: 4 steps guided, sigma ")
+    assert sample.startswith("sample 1: loss ") and sample.endswith("no steps skipped")
+    for node in seen["later"].values():
+        node["inputs"].pop("upload", None)
+    assert asked(seen["later"]) == asked(twin)
 
 
 def finished(server: ComfyServer, earlier: set[str], timeout: float = 300.0) -> dict:
