@@ -20,7 +20,7 @@ app.registerExtension({
         widget.serializeValue = () => undefined;
       }
       widget.value = output.text.join("\n");
-      this.setSize?.([Math.max(this.size[0], 420), Math.max(this.size[1], this.computeSize()[1])]);
+      this.setSize?.([this.size[0], Math.max(this.size[1], this.computeSize()[1])]);
     };
   },
 });

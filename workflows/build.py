@@ -328,8 +328,8 @@ def steered(
         # The result
         "report": Node(
             "SphereGuideReport",
-            (2270, 540),
-            (230, 60),
+            (2270, 680),
+            (270, 280),
             {},
             {"samples": ("sample", "output"), "trace": ("dsg", "trace")},
             "Guidance Report",
