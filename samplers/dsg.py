@@ -10,11 +10,15 @@ radius √n. With g = ∇ₓ L(x̂₀(x)), per sample:
 c cancels, so a guided sampler is a sampler with a guided `noise_sampler`. The step to sigma 0 draws no noise and is not
 guided.
 
+In a run of N steps c ~ 1/√N, so what guidance adds up to grows with √N, while the sum of the noise stays the same.
+`rate_steps` undoes that: tan of the angle between ε and m is scaled by √(rate_steps/N).
+
 Recurrence (time travel: FreeDoM, Yu et al., ICCV 2023, arXiv 2303.09833) repeats a step: guide it, go back by noise.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .kernel import GRADIENTS, Evaluation, GuidedModel, Objective, per_sample, steered
+from .kernel import GRADIENTS, Evaluation, GuidedModel, Objective, per_sample, progress, steered
 from .trace import GuidanceTrace
 
 __all__ = ["GRADIENTS", "Guidance", "guided", "on_sphere"]
@@ -34,6 +38,9 @@ class Guidance(Objective):
     """DSG's settings beside those of `Objective`.
 
     guidance_rate   g_r in [0, 1]; 0 is the unguided sampler, bit for bit
+    rate_steps      the number of steps that guidance_rate is meant for; with any other it is scaled so that the run's
+                    strength stays. Steps are counted as if the schedule were run through from noise to image. 0: as in
+                    the paper, the rate of each step, whatever their number.
     recurrence      r ≥ 0: how often a step is repeated before the sampler's own. A repetition is a guided DDPM step
                     (η = 1) and its undoing by fresh noise, done to the sampler's state: so it serves every sampler, and
                     a multistep one keeps the history of its own steps alone.
@@ -43,6 +50,7 @@ class Guidance(Objective):
     METHOD: ClassVar[str] = "DSG Guidance"
 
     guidance_rate: float = 0.2
+    rate_steps: int = 0
     recurrence: int = 0
     recurrence_start: float = 0.0
     recurrence_end: float = 1.0
@@ -85,10 +93,24 @@ class _Spherical(GuidedModel):
     def _turned(self, noise: Tensor, sigma_next: Tensor, at: Evaluation) -> Tensor:
         gradient, norm = at.gradient.to(noise), at.norm
         usable = norm.isfinite() & (norm > 0)
-        turned = on_sphere(noise, gradient, min(1.0, self.objective.guidance_rate * at.weight), at.free)
+        turned = on_sphere(noise, gradient, self._rate(at.weight), at.free)
         turned = torch.where(usable.reshape(-1, *[1] * (noise.ndim - 1)), turned, noise)
         self.trace.record(at, sigma_next, turned, usable)
         return turned
+
+    def _rate(self, weight: float) -> float:
+        rate = min(1.0, self.objective.guidance_rate * weight)
+        scale = (self.objective.rate_steps / self._steps) ** 0.5 if self.objective.rate_steps else 1.0
+        return (
+            scale * rate / (1 - rate + scale * rate)
+        )  # tan of the angle is rate/(1 − rate), as ε and d* are orthogonal
+
+    @functools.cached_property
+    def _steps(self) -> float:
+        """How many steps a whole schedule would have that is as fine as this one."""
+        start, end = (progress(self.model.model_sampling, sigma) for sigma in (self.schedule[0], self.schedule[-1]))
+        steps = len(self.schedule) - 1
+        return steps if end - start > 0.995 else steps / max(end - start, 1e-3)
 
     # With x = α·x̂₀ + σ·ε, z = x/α lies at the noise level s = σ/α, and the DDPM step (η = 1) to s' < s is
     # z' = x̂₀ + (z − x̂₀)·s'²/s² + s'·√(1 − s'²/s²)·ε, undone by z'+ √(s² − s'²)·ε.

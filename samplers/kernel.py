@@ -32,6 +32,7 @@ __all__ = [
     "Objective",
     "deterministic_sampler_message",
     "per_sample",
+    "progress",
     "steered",
 ]
 
@@ -304,7 +305,7 @@ class GuidedModel:
         sampling = self.model.model_sampling
         return Step(
             index=self.step,
-            progress=lambda: _progress(sampling, float(sigma.max())),
+            progress=lambda: progress(sampling, float(sigma.max())),
             seed=self.seed,
             timestep=sampling.timestep(sigma) if self.objective.loss.space == "noisy" else None,
             memory=self.memory,
@@ -438,7 +439,7 @@ def _with_gradient(loss: Tensor, variable: Tensor) -> tuple[Tensor, Tensor]:
     return loss.detach(), torch.zeros_like(variable) if gradient is None else gradient
 
 
-def _progress(model_sampling: Any, sigma: float) -> float:
+def progress(model_sampling: Any, sigma: float) -> float:
     """The percent of the schedule at which it has `sigma`: `percent_to_sigma`, which falls, inverted by bisection."""
     low, high = 0.0, 1.0
     for _ in range(20):

@@ -474,3 +474,57 @@ def test_after_an_error_in_the_loss_the_model_is_as_it_was(model):
         run(model, loss=Raises())
     assert {name: (id(p), p.data_ptr()) for name, p in model.model.named_parameters()} == before
     assert torch.equal(unguided(model), plain)
+
+
+# -- what the strength means ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, options", [("euler_ancestral", {}), ("euler_ancestral", {"eta": 0.5}), ("dpmpp_2m_sde", {})]
+)
+def test_a_rate_that_knows_its_steps_is_as_strong_with_any_number_of_them(model, name, options):
+    def reached(steps, rate_steps):
+        settings = {"guidance_rate": 0.2, "rate_steps": rate_steps}
+        latent, _ = run(model, name, options=options, settings=settings, batch=200, steps=steps, scheduler="karras")
+        return float(Distance()(latent).mean())
+
+    plain = float(Distance()(unguided(model, name, options=options, batch=200, steps=50, scheduler="karras")).mean())
+    few, many = (plain - reached(steps, 50) for steps in (20, 100))
+    assert abs(many / few - 1) < 0.15
+    few, many = (plain - reached(steps, 0) for steps in (20, 100))
+    assert many / few > 1.35  # per step, as in the paper, more steps are stronger
+
+
+def test_the_scaled_rate(model):
+    """tan of the angle between ε and m, by √(50/N); a part of a schedule counts as the whole that it is a part of."""
+
+    def angle(steps, rate, denoise=1.0, rate_steps=50):
+        drawn = []
+
+        def spying(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None):
+            model(x, sigmas[:1].expand(len(x)), **extra_args)
+            drawn.append(noise_sampler(sigmas[0], sigmas[1]))
+            return x
+
+        eps = torch.randn(1, *gaussian_mixture.SHAPE, generator=torch.manual_seed(0))
+        eps *= math.sqrt(N) / eps.norm()
+        guidance = Guidance(Distance(), guidance_rate=rate, rate_steps=rate_steps)
+        sampler = guided(comfy.samplers.KSAMPLER(spying), guidance, trace := GuidanceTrace())
+        sampler.extra_options["noise_sampler"] = lambda sigma, sigma_next: eps
+        sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, "simple", round(steps / denoise))
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(gaussian_mixture.conditioning(), gaussian_mixture.conditioning())
+        with torch.inference_mode():
+            latent = torch.zeros(1, *gaussian_mixture.SHAPE)
+            guider.sample(latent + 1, latent, sampler, sigmas[-(steps + 1) :], disable_pbar=True, seed=0)
+        assert len(trace.steps) == 1
+        return drawn[0], eps
+
+    for steps, denoise in ((20, 1.0), (100, 1.0), (20, 0.4)):
+        scale = math.sqrt(50 * denoise / steps)
+        rate = 0.2 * scale / (0.8 + 0.2 * scale)
+        torch.testing.assert_close(
+            angle(steps, 0.2, denoise)[0], angle(steps, rate, denoise, 0)[0], rtol=1e-2, atol=1e-2
+        )
+    assert torch.equal(angle(50, 0.2)[0], angle(50, 0.2, rate_steps=0)[0])
+    assert torch.equal(angle(20, 1.0)[0], angle(20, 1.0, rate_steps=0)[0])

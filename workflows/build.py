@@ -250,6 +250,7 @@ def guidance(rate: float) -> dict[str, Any]:
         "end_percent": 1.0,
         "gradient": "full",
         "checkpointing": False,
+        "rate_steps": 50,
         "recurrence": 0,
         "recurrence_start": 0.0,
         "recurrence_end": 1.0,
@@ -588,7 +589,7 @@ WORKFLOWS = {
         "inpainting",
         "SphereGuideInpaintingLoss",
         {},
-        guidance_rate=0.3,
+        guidance_rate=0.2,
         note="""
 Half of the pixels are missing, one by one at random, and there is noise on the rest. The model only knows how to paint
 portraits; nobody taught it to repair them. Inpainting Loss measures how far each estimate is from the pixels that are
@@ -600,7 +601,7 @@ known, and DSG Guidance turns the sampler's noise so that the result agrees with
         "super-resolution",
         "SphereGuideSuperResolutionLoss",
         {"factor": 4},
-        guidance_rate=0.2,
+        guidance_rate=0.14,
         note="""
 The portrait is scaled down to 32 x 32 pixels, with noise. The model only knows how to paint portraits;
 nobody taught it to enlarge them. Super-Resolution Loss scales each estimate down in the same way and compares, and DSG
@@ -612,7 +613,7 @@ Guidance turns the sampler's noise so that the result agrees. Set the same facto
         "gaussian blur",
         "SphereGuideGaussianDeblurLoss",
         {"kernel_size": 61, "sigma": 3.0},
-        guidance_rate=0.2,
+        guidance_rate=0.14,
         note="""
 The portrait is blurred (sigma 3 pixels), with noise. The model only knows how to paint portraits; nobody taught it to
 sharpen them. Gaussian Deblur Loss blurs each estimate in the same way and compares, and DSG Guidance turns the noise of
@@ -687,7 +688,7 @@ For photos set crop to detect, which finds the face by itself. Cartoons have the
 """
         + drop((PICTURE, "Reference face"))
         + STEERING,
-        guidance_rate=0.4,
+        guidance_rate=0.3,
     ),
     "toy_strength_sweep": sweep(
         "strength_sweep",
