@@ -476,7 +476,7 @@ def test_after_an_error_in_the_loss_the_model_is_as_it_was(model):
     assert torch.equal(unguided(model), plain)
 
 
-# -- what the strength means ---------------------------------------------------------------------------------------------
+# -- what the strength means -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
