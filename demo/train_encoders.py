@@ -3,6 +3,8 @@
     python -m demo.train_encoders clip   --work DIR      # open_clip: two towers, open_clip's own tokenizer
     python -m demo.train_encoders seg    --work DIR      # SegFormer (transformers)
     python -m demo.train_encoders face   --work DIR      # timm network, trained to tell identities apart
+    python -m demo.train_encoders robust_clip --work DIR # the two above, trained on against the worst pixels nearby
+    python -m demo.train_encoders robust_face --work DIR
     python -m demo.train_encoders judge  --work DIR      # what the results are measured with, demo/judge.py
     python -m demo.train_encoders export --work DIR      # demo/weights: folders that the loader nodes load, the judge
     python -m demo.train_encoders card   --work DIR      # the figures of MODEL_CARD.md, on portraits never seen
@@ -79,6 +81,25 @@ def cutout(x: Tensor, rng: torch.Generator, smallest: float = 0.7) -> Tensor:
     return x[..., top : top + side, left : left + side]
 
 
+def worst(x: Tensor, radius: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+    """Images [B, 3, H, W] in 0..1 moved uphill of `loss` by at most `radius` [B, 1, 1, 1] in L2: two projected steps.
+
+    What a network learns from these has gradients that change what people see (Santurkar et al., arXiv 1906.09453);
+    without, guidance finds pixels that please the network alone.
+    """
+    moved = x
+    for _ in range(2):
+        moved = moved.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(moved), moved)
+        away = moved.detach() - x + radius * gradient / _norm(gradient)
+        moved = (x + away * (radius / _norm(away)).clamp(max=1)).clamp(0, 1)
+    return moved.detach()
+
+
+def _norm(x: Tensor) -> Tensor:
+    return x.flatten(1).norm(dim=1).clamp_min(1e-12).reshape(-1, 1, 1, 1)
+
+
 def draws(step_generator: torch.Generator, count: int, batch: int) -> np.ndarray:
     return np.sort(torch.randint(count, (batch,), generator=step_generator).numpy())
 
@@ -112,44 +133,96 @@ def tokenise(texts: list[str]) -> Tensor:
     return open_clip.SimpleTokenizer(context_length=CLIP_CONFIG["model_cfg"]["text_cfg"]["context_length"])(texts)
 
 
-def train_clip(args: argparse.Namespace) -> None:
-    """Contrastive, with as many right answers as there are: a short caption is true of several portraits of a batch."""
+@torch.no_grad()
+def zero_shot(clip: nn.Module, images: Tensor, labels: np.ndarray) -> dict[str, float]:
+    """The share of image embeddings [N, D] nearest to the short text of their own attribute, by attribute."""
+    texts = {
+        "hair_color": "a person with {} hair",
+        "glasses": "a person with {} glasses",
+        "clothes": "{} clothes",
+        "background": "{} background",
+    }
+    found = {}
+    for name, text in texts.items():
+        words = [text.format(value).replace("with none", "without") for value in portraits.ATTRIBUTES[name]]
+        nearest = (images @ clip.encode_text(tokenise(words), normalize=True).T).argmax(1).numpy()
+        found[name] = float((nearest == labels[:, list(portraits.ATTRIBUTES).index(name)]).mean())
+    return found
+
+
+def other_captions(
+    portrait: portraits.Portrait, words: np.random.Generator, count: int
+) -> tuple[list[str], np.ndarray]:
+    """A caption of the portrait, and `count` more in the same words but for one attribute; which of those are wrong."""
+    state, text = words.bit_generator.state, portraits.caption(portrait, words)
+    after, texts, wrong = words.bit_generator.state, [text], []
+    said = sorted(mentioned(text, portrait))
+    for _ in range(count):
+        words.bit_generator.state = after
+        name = said[int(words.integers(len(said)))] if said else "background"
+        value = portraits.ATTRIBUTES[name][int(words.integers(len(portraits.ATTRIBUTES[name])))]
+        after, words.bit_generator.state = words.bit_generator.state, state
+        texts.append(portraits.caption(dataclasses.replace(portrait, **{name: value}), words))
+        wrong.append(texts[-1] != text and value != getattr(portrait, name) and name in said)
+    words.bit_generator.state = after
+    return texts, np.array(wrong)
+
+
+def train_clip(args: argparse.Namespace, robust: float = 0.0) -> None:
+    """Contrastive, with as many right answers as there are: a short caption is true of several portraits of a batch.
+
+    With `robust`, the radius of `worst` at most, it goes on from `clip.pt`, and each portrait also has to tell its
+    caption from others that are wrong in one attribute (Yuksekgonul et al., arXiv 2210.01936): without those it learns
+    which words occur and not what they are said of, and guidance paints everything in the colour of the hair.
+    """
     torch.manual_seed(args.seed)
-    model = build_clip()
+    model = averaged(args, "clip", build_clip()) if robust else build_clip()
     size = CLIP_CONFIG["model_cfg"]["vision_cfg"]["image_size"]
     seeds = portraits.TRAIN_SEEDS[:SIZE]
     data, held_out = portraits_of(seeds, args.work), portraits_of(portraits.VALIDATION_SEEDS[:256], args.work)
     people = [portraits.sample(seed) for seed in portraits.VALIDATION_SEEDS[:256]]
     full = tokenise([portraits.caption(person) for person in people])
     batch = args.batch // args.workers
+    wrong_captions = 6 if robust else 0
+
+    def agreement(x: Tensor, text: Tensor, wanted: Tensor, wrong: Tensor) -> Tensor:
+        images, scale = model.encode_image(normalised(x), normalize=True), model.logit_scale.exp()
+        text = text.unflatten(0, (len(x), -1))
+        logits = scale * images @ text[:, 0].T
+        rows = -(wanted / wanted.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
+        columns = -(wanted / wanted.sum(0, keepdim=True) * logits.log_softmax(0)).sum(0).mean()
+        own = scale * (images[:, None] * text).sum(-1)  # the right caption, and those wrong in one attribute
+        own = torch.cat([own[:, :1], own[:, 1:].masked_fill(~wrong, -torch.inf)], 1)
+        return (rows + columns) / 2 - own.log_softmax(1)[:, 0].mean()
 
     def loss(step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         index = draws(rng, len(seeds), batch)
         words = np.random.default_rng([args.seed, step, args.rank])
         people = [portraits.sample(seeds[i]) for i in index]
-        texts = [portraits.caption(person, words if words.random() < 0.85 else None) for person in people]
+        texts, wrong = zip(*(other_captions(person, words, wrong_captions) for person in people), strict=True)
         labels = data["labels"][index]
-        fits = np.stack([described(text, person, labels) for text, person in zip(texts, people, strict=True)], 1)
-        wanted = torch.from_numpy(fits).float()  # [image, text]
+        fits = [described(text[0], person, labels) for text, person in zip(texts, people, strict=True)]
+        wanted, wrong = torch.from_numpy(np.stack(fits, 1)).float(), torch.from_numpy(np.stack(wrong)).bool()
         x = soften(to_tensor(data["images"][index]), rng)
-        x = normalised(shrunk(cutout(x, rng), size))
-        images, text, scale = model(x, tokenise(texts))
-        logits = scale * images @ text.T
-        rows = -(wanted / wanted.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
-        columns = -(wanted / wanted.sum(0, keepdim=True) * logits.log_softmax(0)).sum(0).mean()
-        return (rows + columns) / 2, {"scale": float(scale.detach())}
+        x = shrunk(cutout(x, rng), size)
+        text = model.encode_text(tokenise([text for group in texts for text in group]), normalize=True)
+        if robust:
+            radius = robust * torch.rand(len(x), 1, 1, 1, generator=rng)
+            x = worst(x, radius, lambda moved: agreement(moved, text.detach(), wanted, wrong))
+        return agreement(x, text, wanted, wrong), {"scale": float(model.logit_scale.detach().exp())}
 
     def validate(average: nn.Module) -> dict[str, float]:
         average.eval()
         with torch.no_grad():
             images = average.encode_image(normalised(shrunk(to_tensor(held_out["images"]), size)), normalize=True)
             text = average.encode_text(full, normalize=True)
-        return {"top1_of_256": float(((images @ text.T).argmax(1) == torch.arange(256)).float().mean())}
+            right = zero_shot(average, images, held_out["labels"])
+        return {"top1_of_256": float(((images @ text.T).argmax(1) == torch.arange(256)).float().mean())} | right
 
     def is_hidden(name: str, p: nn.Parameter) -> bool:
         return p.ndim == 2 and "embedding" not in name and "proj" not in name.split(".")[-1]
 
-    fit(args, "clip", model, loss, validate, is_hidden, weight_decay=0.02)
+    fit(args, "robust_clip" if robust else "clip", model, loss, validate, is_hidden, weight_decay=0.02)
 
 
 # --------------------------------------------------------------------------------------------------- segmentation
@@ -251,23 +324,35 @@ def views(first: int, identities: int, count: int, work: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r")
 
 
-def train_face(args: argparse.Namespace) -> None:
+def train_face(args: argparse.Namespace, robust: float = 0.0) -> None:
+    """With `robust`, the radius of `worst` at most, it goes on from `face.pt`."""
     torch.manual_seed(args.seed)
-    model = build_face()
+    model = averaged(args, "face", build_face()).train() if robust else build_face()
     seeds = portraits.TRAIN_SEEDS[:SIZE]
     data, unseen = portraits_of(seeds, args.work), views(UNSEEN, 64, 4, args.work)
     truth = traits(seeds)
 
     def loss(step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         index = draws(rng, len(seeds), args.batch)
-        x = soften(to_tensor(data["images"][index]), rng)
-        return F.mse_loss(model(normalised(face_crop(x, rng))), truth[index]), {}
+        x = face_crop(soften(to_tensor(data["images"][index]), rng), rng)
+        if robust:
+            radius = robust * torch.rand(len(x), 1, 1, 1, generator=rng)
+            x = worst(x, radius, lambda moved: F.mse_loss(model(normalised(moved)), truth[index]))
+        return F.mse_loss(model(normalised(x)), truth[index]), {}
 
     def validate(average: nn.Module) -> dict[str, float]:
         average.eval()
         return {"auc": verification(face_embedding(average), unseen)["auc"]}
 
-    fit(args, "face", model, loss, validate, lambda name, p: p.ndim == 4 and p.shape[1] > 3, weight_decay=0.01)
+    fit(
+        args,
+        "robust_face" if robust else "face",
+        model,
+        loss,
+        validate,
+        lambda name, p: p.ndim == 4 and p.shape[1] > 3,
+        weight_decay=0.01,
+    )
 
 
 @torch.no_grad()
@@ -336,7 +421,7 @@ def half(model: nn.Module) -> dict[str, Tensor]:
 
 
 def export_clip(args: argparse.Namespace, folder: Path) -> None:
-    clip = averaged(args, "clip", build_clip())
+    clip = averaged(args, "robust_clip", build_clip())
     used = tokenise([portraits.caption(portraits.sample(s), np.random.default_rng(s)) for s in range(20_000)]).unique()
     table = clip.token_embedding.weight
     with torch.no_grad():
@@ -362,7 +447,7 @@ def export_segmenter(args: argparse.Namespace, folder: Path) -> None:
 
 
 def export_face(args: argparse.Namespace, folder: Path) -> None:
-    face = averaged(args, "face", build_face())
+    face = averaged(args, "robust_face", build_face())
     save_file(half(face), folder / "model.safetensors")
     config = {
         "architecture": FACE_MODEL,
@@ -385,9 +470,9 @@ def export_judge(args: argparse.Namespace, folder: Path) -> None:
 def export(args: argparse.Namespace) -> None:
     """What is trained, as the folders that the loader nodes read (models/open_clip and its like), and the judge."""
     for name, write, place in (
-        ("clip", export_clip, "open_clip/toy_portraits"),
+        ("robust_clip", export_clip, "open_clip/toy_portraits"),
         ("seg", export_segmenter, "segmentation/toy_portraits"),
-        ("face", export_face, "face_encoders/toy_portraits"),
+        ("robust_face", export_face, "face_encoders/toy_portraits"),
         ("judge", export_judge, "."),
     ):
         if (args.work / f"{name}.pt").exists():
@@ -403,7 +488,7 @@ def card(args: argparse.Namespace) -> None:
     """Retrieval, mIoU and verification on portraits and identities that nothing was trained on."""
     seeds = portraits.TEST_SEEDS[:TEST]
     data = portraits_of(seeds, args.work)
-    clip = averaged(args, "clip", build_clip())
+    clip = averaged(args, "robust_clip", build_clip())
     x = to_tensor(data["images"])
     size = CLIP_CONFIG["model_cfg"]["vision_cfg"]["image_size"]
     images = torch.cat([clip.encode_image(normalised(shrunk(part, size)), normalize=True) for part in x.split(64)])
@@ -417,7 +502,7 @@ def card(args: argparse.Namespace) -> None:
         "n": TEST,
         "retrieval": {f"top{k}": float((rank < k).float().mean()) for k in (1, 5)} | {"chance": 1 / TEST},
         "iou": judge.mean_iou(predicted.numpy(), data["classes"]),
-        "verification": verification(face_embedding(averaged(args, "face", build_face())), people),
+        "verification": verification(face_embedding(averaged(args, "robust_face", build_face())), people),
     }
     verdict = (judging := averaged(args, "judge", judge.Judge())).of(x)
     right = (verdict.labels == data["labels"]).mean(0)
@@ -434,6 +519,8 @@ COMMANDS = {
     "clip": train_clip,
     "seg": train_segmenter,
     "face": train_face,
+    "robust_clip": functools.partial(train_clip, robust=1.0),
+    "robust_face": functools.partial(train_face, robust=1.5),
     "judge": train_judge,
     "export": export,
     "card": card,
@@ -442,6 +529,8 @@ DEFAULTS = {
     "clip": {"steps": 2000, "batch": 64, "lr": 1e-3, "muon": 1.0, "ema": 0.998},
     "seg": {"steps": 1500, "batch": 16, "lr": 2e-3, "muon": 0.0, "ema": 0.995},
     "face": {"steps": 2000, "batch": 64, "lr": 2e-3, "muon": 0.0, "ema": 0.995},
+    "robust_clip": {"steps": 2400, "batch": 64, "lr": 1e-3, "muon": 1.0, "ema": 0.995},
+    "robust_face": {"steps": 2200, "batch": 64, "lr": 1e-3, "muon": 0.0, "ema": 0.995},
     "judge": {"steps": 1500, "batch": 32, "lr": 2e-3, "muon": 0.5, "ema": 0.995},
 }
 
