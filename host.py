@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from types import FunctionType, SimpleNamespace
 from typing import Any
@@ -49,17 +50,39 @@ log = logging.getLogger("sphereguide")
 
 @contextlib.contextmanager
 def training_kernels() -> Iterator[None]:
-    """Newer hosts take their differentiable kernels only while `model_management.in_training` is set."""
+    """Newer hosts take their differentiable kernels only while `model_management.in_training` is set.
+
+    Some networks (Cosmos Predict 2, Anima) don't ask, and call fused kernels that have no backward pass: PyTorch's
+    versions, which `comfy_kitchen` brings along, stand in for them.
+    """
     management = comfy.model_management
     if not hasattr(management, "in_training"):
         yield
         return
-    before = management.in_training
+    kitchen, kernels = sys.modules.get("comfy_kitchen"), _plain_kernels()
+    before = management.in_training, {name: getattr(kitchen, name) for name in kernels}
     management.in_training = True
     try:
+        for name, kernel in kernels.items():
+            setattr(kitchen, name, kernel)
         yield
     finally:
-        management.in_training = before
+        management.in_training = before[0]
+        for name, kernel in before[1].items():
+            setattr(kitchen, name, kernel)
+
+
+@functools.cache
+def _plain_kernels() -> dict[str, Callable[..., Any]]:
+    """The rotary embeddings and modulations of `comfy_kitchen` in plain PyTorch, those that leave their input alone."""
+    kitchen, eager = (sys.modules.get(f"comfy_kitchen{name}") for name in ("", ".backends.eager"))
+    return {
+        name: function
+        for name, function in vars(eager or object).items()
+        if str(getattr(function, "__module__", None)).endswith(("eager.rope", "eager.adaln"))
+        and not name.endswith("_")
+        and hasattr(kitchen, name)
+    }
 
 
 @contextlib.contextmanager

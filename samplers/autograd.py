@@ -217,7 +217,7 @@ class _Recomputed(torch.autograd.Function):
     def forward(ctx: Any, block: Callable[..., Any], *tensors: Tensor) -> Any:
         ctx.block = block
         ctx.save_for_backward(*tensors)
-        return block(*tensors)
+        return block(*(tensor.clone() for tensor in tensors))  # Flux's blocks add to their input in place
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -227,9 +227,10 @@ class _Recomputed(torch.autograd.Function):
         ]
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         with torch.enable_grad():
-            outputs = ctx.block(*(leaf.clone() if leaf.requires_grad else leaf for leaf in leaves))
+            outputs = ctx.block(*(leaf.clone() for leaf in leaves))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        pairs = [pair for pair in zip(outputs, gradients, strict=True) if pair[0].requires_grad]
+        # SD 3's last block returns None for the text.
+        pairs = [pair for pair in zip(outputs, gradients, strict=True) if getattr(pair[0], "requires_grad", False)]
         outputs, gradients = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
         return None, *(next(found) if leaf.requires_grad else None for leaf in leaves)
