@@ -24,6 +24,11 @@ class RootIsThePack:
         return pytest.Dir.from_parent(parent, path=path) if path == ROOT else None
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    help = "write what test_samplers.py sees of this host into FILE, beside what other hosts have left there"
+    parser.addoption("--samplers-table", type=Path, metavar="FILE", help=help)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(RootIsThePack())
     import_host(cpu=True)

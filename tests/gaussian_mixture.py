@@ -54,17 +54,15 @@ class GaussianMixture(comfy.model_base.BaseModel):
     def apply_model(self, x: Tensor, t: Tensor, c_crossattn: Tensor | None = None, **kwargs: Any) -> Tensor:
         assert set(kwargs) <= {"transformer_options", "control"}, f"unexpected conditioning {set(kwargs)}"
         self.calls += 1
-        sigma = t.to(x)
-        is_flow = self.model_type == comfy.model_base.ModelType.FLOW
-        alpha = 1 - sigma if is_flow else torch.ones_like(sigma)
+        sigma, sampling = t.to(x), self.model_sampling
+        s, zero = sigma.reshape(-1, 1, 1, 1), torch.zeros_like(x)
+        alpha = sampling.noise_scaling(s, torch.zeros_like(s), torch.ones_like(s))
         shift = torch.zeros_like(sigma) if c_crossattn is None else c_crossattn[:, 0, 0]
         denoised = self.diffusion_model(x, sigma, shift, alpha)
-        s = sigma.reshape(-1, 1, 1, 1)
-        if self.model_type == comfy.model_base.ModelType.V_PREDICTION:
-            output = (x / (s**2 + 1) - denoised) * (s**2 + 1).sqrt() / s
-        else:
-            output = (x - denoised) / s
-        return self.model_sampling.calculate_denoised(sigma, output, x)
+        # What a network of this prediction type gives: `calculate_denoised` is affine in it, and is undone so.
+        offset, factor = (sampling.calculate_denoised(sigma, a, b) for a, b in ((zero, x), (zero + 1, zero)))
+        output = (denoised - offset) / factor
+        return sampling.calculate_denoised(sigma, output, x)
 
 
 class _Config(comfy.supported_models_base.BASE):
@@ -73,10 +71,13 @@ class _Config(comfy.supported_models_base.BASE):
     memory_usage_factor = 0.01
 
 
+CONFIG = _Config({"disable_unet_model_creation": True})
+
+
 def patcher(model_type: str = "EPS") -> comfy.model_patcher.ModelPatcher:
     """The mixture as a MODEL. Made in inference mode, like everything that a node loads."""
     with torch.inference_mode():
-        model = GaussianMixture(_Config({"disable_unet_model_creation": True}), comfy.model_base.ModelType[model_type])
+        model = GaussianMixture(CONFIG, comfy.model_base.ModelType[model_type])
         model.diffusion_model = Denoiser()
         cpu = torch.device("cpu")
         return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)

@@ -648,7 +648,7 @@ noise so that the picture agrees.
 """
         + drop((MAP, "Map of colours"))
         + STEERING,
-        guidance_rate=0.2,
+        guidance_rate=0.1,
     ),
     "toy_style": steered(
         "style",
