@@ -790,7 +790,8 @@ def main() -> None:
         path.write_text(text, encoding="utf-8")
     draw_pictures()
     for name in WORKFLOWS if options.pictures else ():
-        thumbnail(name, options.pictures)
+        if (options.pictures / name).is_dir():  # not the sweep, whose thumbnail is its own row of pictures
+            thumbnail(name, options.pictures)
 
 
 if __name__ == "__main__":
