@@ -296,7 +296,7 @@ def steered(
         "dsg": Node(
             "SphereGuideDSG",
             (1520, 540),
-            (300, 290),
+            (300, 340),
             guidance(guidance_rate),
             {"sampler": ("select", "SAMPLER"), "loss": ("loss", "loss"), "vae": ("vae of guidance", "")},
             "DSG Guidance",
@@ -310,7 +310,7 @@ def steered(
             {"model": ("toy", "MODEL")},
             "Steps",
         ),
-        "latent": Node("EmptyLatentImage", (1520, 850), (300, 110), {"width": 128, "height": 128, "batch_size": 1}),
+        "latent": Node("EmptyLatentImage", (1520, 60), (300, 110), {"width": 128, "height": 128, "batch_size": 1}),
         "sample": Node(
             "SamplerCustom",
             (1900, 0),
@@ -790,7 +790,7 @@ def main() -> None:
         path.write_text(text, encoding="utf-8")
     draw_pictures()
     for name in WORKFLOWS if options.pictures else ():
-        if (options.pictures / name).is_dir():  # not the sweep, whose thumbnail is its own row of pictures
+        if (options.pictures / name).is_dir():  # not the sweep: its thumbnail is its own pictures, and the style
             thumbnail(name, options.pictures)
 
 
