@@ -9,6 +9,7 @@ the paper's ζ' (0.3 to 1 there).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -70,7 +71,5 @@ class _Shifted(GuidedModel):
         return weight * self._deviation(at.sigma.max()) * self._deviation(sigma_next) * gradient
 
     def _deviation(self, sigma: Tensor) -> float:
-        """v = √(α² + σ²) of the model's x at that sigma, of whatever prediction type it is."""
-        zero, one = torch.zeros(1, device=sigma.device), torch.ones(1, device=sigma.device)
-        scaling = self.model.model_sampling.noise_scaling
-        return float(scaling(sigma, zero, one).square() + scaling(sigma, one, zero).square()) ** 0.5
+        """v = √(α² + σ²) at that sigma."""
+        return math.hypot(*self.levels(sigma))

@@ -120,10 +120,11 @@ class _Spherical(GuidedModel):
             return
         self.travelled = self.step
         sigma_next = sigma.new_tensor(self.schedule[self.step + 1])
-        alpha, s = self._levels(sigma.max())
+        alpha, noise = self.levels(sigma.max())
         if alpha == 0:  # pure noise: whatever is done to it, going back leaves nothing of it
             return
-        s_next = self._levels(sigma_next)[1]
+        alpha_next, noise_next = self.levels(sigma_next)
+        s, s_next = noise / alpha, noise_next / alpha_next
         for repetition in range(self.objective.recurrence):
             denoised, at = self.evaluated(x, sigma, **extra_args)
             if at is None:
@@ -139,13 +140,6 @@ class _Spherical(GuidedModel):
         sampling, wanted = self.model.model_sampling, self.objective
         start, end = (float(sampling.percent_to_sigma(p)) for p in (wanted.recurrence_start, wanted.recurrence_end))
         return end <= sigma <= start and abs(sigma - self.schedule[self.step]) <= 1e-4 * sigma
-
-    def _levels(self, sigma: Tensor) -> tuple[float, float]:
-        """α and σ/α of the model's x at that sigma, of whatever prediction type it is."""
-        zero, one = torch.zeros(1, device=sigma.device), torch.ones(1, device=sigma.device)
-        scaling = self.model.model_sampling.noise_scaling
-        alpha, noise = float(scaling(sigma, zero, one)), float(scaling(sigma, one, zero))
-        return alpha, noise / alpha if alpha else float("inf")
 
     def _noise(self, x: Tensor, repetition: int) -> tuple[Tensor, Tensor]:
         """Noise for a repetition and for its undoing: that of the seed, the step and its number."""

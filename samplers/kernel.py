@@ -95,7 +95,7 @@ class Evaluation:
     free: Tensor | None
     weight: float
 
-    @property
+    @functools.cached_property
     def norm(self) -> Tensor:
         """‖∇L‖ `[B]`."""
         return torch.linalg.vector_norm(self.gradient.flatten(1), dim=1)
@@ -377,6 +377,12 @@ class GuidedModel:
             options = {"model": self.wrapped.inner_model, "sigmas": self.wrapped.sigmas}
             denoise_mask = function(sigma, denoise_mask, extra_options=options)
         return (denoise_mask > 0).expand_as(x)
+
+    def levels(self, sigma: Tensor) -> tuple[float, float]:
+        """α and σ of the model's x = α·x₀ + σ·ε at that sigma, of whatever prediction type it is."""
+        zero, one = torch.zeros(1, device=sigma.device), torch.ones(1, device=sigma.device)
+        scaling = self.model.model_sampling.noise_scaling
+        return float(scaling(sigma, zero, one)), float(scaling(sigma, one, zero))
 
     # Two things tell that a step is over: the draw that leads to the next entry of the schedule, and the next step's
     # callback. The sigma of a call does not: the second call of dpm_2_ancestral lies on, or below, the next entry.
