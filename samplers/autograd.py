@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .. import host
 
@@ -62,8 +65,58 @@ def _recording(mutation: bool = False, checkpointing: nn.Module | None = None) -
         stack.enter_context(torch.enable_grad())
         stack.enter_context(host.training_kernels())
         if mutation:
-            stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
+            stack.enter_context(_mutation())
         yield
+
+
+class _Saved:
+    """A tensor that autograd keeps for the backward pass: the tensor itself, or its copy once that was written to."""
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+@contextlib.contextmanager
+def _mutation() -> Iterator[None]:
+    """Within the block, what autograd keeps is copied before an in-place operation writes to it.
+
+    torch's `allow_mutation_on_saved_tensors` can't serve: it knows a tensor by its addresses, which those of a copied
+    and freed one hand on to the next, and misses a write through a view that starts elsewhere in the same storage.
+    Either gives a wrong gradient and no error.
+    """
+    graphs: defaultdict[int, weakref.WeakSet[_Saved]] = defaultdict(
+        weakref.WeakSet
+    )  # by storage; a graph holds its own
+
+    def save(tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor)
+        graphs[tensor.untyped_storage()._cdata].add(saved)
+        return saved
+
+    class CopyBeforeWrite(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            for place, argument in enumerate(operation._schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    written = args[place] if place < len(args) else kwargs.get(argument.name)
+                    for tensor in tree_leaves(written):
+                        _copy(graphs.pop(tensor.untyped_storage()._cdata, ()))
+            return operation(*args, **kwargs)
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda saved: saved.tensor), CopyBeforeWrite():
+        yield
+
+
+def _copy(graph: Iterable[_Saved]) -> None:
+    copies: dict[tuple[Any, ...], Tensor] = {}
+    for saved in graph:
+        tensor = saved.tensor
+        view = tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+        if view not in copies:  # several operations keep the same tensor
+            copies[view] = tensor.clone()
+        saved.tensor = copies[view]
 
 
 def normal(value: Any) -> Any:
@@ -209,7 +262,7 @@ class _Recomputed(torch.autograd.Function):
     """Calls a function without keeping its activations, and calls it again in the backward pass.
 
     `torch.utils.checkpoint` can't serve. Without reentry it keeps what it recomputes where neither the version check
-    nor `allow_mutation_on_saved_tensors` sees it, so a block that adds in place gets a wrong gradient and no error.
+    nor `_mutation` sees it, so a block that adds in place gets a wrong gradient and no error.
     With reentry it refuses `torch.autograd.grad`.
     """
 

@@ -299,6 +299,48 @@ def test_the_gradient_through_the_unet_is_that_of_finite_differences():
     torch.testing.assert_close((gradient * direction).sum(), numeric.detach(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [64, 256, 1024, 4096])
+def test_what_is_overwritten_and_freed_lends_its_address_to_no_other(size):
+    """torch's own `allow_mutation_on_saved_tensors` fails here now and then."""
+    x, factors = torch.linspace(-1, 1, size).requires_grad_(), range(1, 100)
+    with differentiable() as recording, recording(mutation=True):
+        total = torch.zeros(())
+        for factor in factors:
+            kept = x * factor
+            total = total + kept.sin().sum()
+            kept.mul_(2)
+        gradient = torch.autograd.grad(total, x)[0]
+    exact = sum(factor * torch.cos(factor * x.detach()) for factor in factors)
+    torch.testing.assert_close(gradient, exact, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda whole, part: whole.add_(1),
+        lambda whole, part: whole[3:5].zero_(),
+        lambda whole, part: part.view(2, 3).mul_(0),
+        lambda whole, part: torch._foreach_mul_([whole], 2),
+        lambda whole, part: torch.exp(whole.detach(), out=whole.detach()),
+        lambda whole, part: torch.sort(whole.detach(), out=(whole.detach(), torch.empty(8, dtype=torch.long))),
+    ],
+    ids=["all", "a part", "a view", "a list", "out", "several out"],
+)
+def test_what_autograd_keeps_is_copied_whichever_view_of_it_is_written_to(write):
+    x = torch.linspace(-1, 1, 8).requires_grad_()
+    with differentiable() as recording, recording(mutation=True):
+        whole = x.flip(0)
+        part = whole[1:7]
+        outcome = (part.sin() * part.cos()).sum()
+        before = whole.detach().clone()
+        write(whole, part)
+        assert not torch.equal(whole, before)
+        gradient = torch.autograd.grad(outcome, x)[0]
+    exact = torch.cos(2 * x.detach())
+    exact[[0, -1]] = 0
+    torch.testing.assert_close(gradient, exact)
+
+
 def test_a_patch_that_overwrites_what_autograd_keeps_does_not_break_guidance():
     patcher = tiny_models.sd15()
     gentle, _ = run(patcher, image_guidance())
