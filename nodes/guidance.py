@@ -46,6 +46,13 @@ RATE: dict[str, Any] = {
         },
     ),
 }
+
+
+def _percent(default: float, tooltip: str) -> tuple[str, dict[str, Any]]:
+    """A widget for a place in the schedule."""
+    return "FLOAT", {"default": default, "min": 0.0, "max": 1.0, "step": 0.001, "tooltip": tooltip}
+
+
 #: Where and how: the same for all methods.
 STEPS: dict[str, Any] = {
     "interval": (
@@ -60,28 +67,13 @@ STEPS: dict[str, Any] = {
             ),
         },
     ),
-    "start_percent": (
-        "FLOAT",
-        {
-            "default": 0.0,
-            "min": 0.0,
-            "max": 1.0,
-            "step": 0.001,
-            "tooltip": (
-                "Where guidance begins, as part of the model's whole noise schedule: 0 is pure noise. "
-                "Image-to-image at denoise 0.4 begins at about 0.6."
-            ),
-        },
+    "start_percent": _percent(
+        0.0,
+        "Where guidance begins, as part of the model's whole noise schedule: 0 is pure noise. Image-to-image at "
+        "denoise 0.4 begins at about 0.6.",
     ),
-    "end_percent": (
-        "FLOAT",
-        {
-            "default": 1.0,
-            "min": 0.0,
-            "max": 1.0,
-            "step": 0.001,
-            "tooltip": ("Where guidance ends, as part of the model's whole noise schedule: 1 is the finished image."),
-        },
+    "end_percent": _percent(
+        1.0, "Where guidance ends, as part of the model's whole noise schedule: 1 is the finished image."
     ),
     "gradient": (
         list(GRADIENTS),
@@ -144,25 +136,9 @@ RECURRENCE: dict[str, Any] = {
             ),
         },
     ),
-    "recurrence_start": (
-        "FLOAT",
-        {
-            "default": 0.0,
-            "min": 0.0,
-            "max": 1.0,
-            "step": 0.001,
-            "tooltip": "Where repeating begins, counted like start_percent.",
-        },
-    ),
-    "recurrence_end": (
-        "FLOAT",
-        {
-            "default": 1.0,
-            "min": 0.0,
-            "max": 1.0,
-            "step": 0.001,
-            "tooltip": "Where repeating ends. The middle of the schedule, such as 0.3 to 0.7, gives most for its time.",
-        },
+    "recurrence_start": _percent(0.0, "Where repeating begins, counted like start_percent."),
+    "recurrence_end": _percent(
+        1.0, "Where repeating ends. The middle of the schedule, such as 0.3 to 0.7, gives most for its time."
     ),
 }
 RATE_STEPS: dict[str, Any] = {

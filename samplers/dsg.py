@@ -23,11 +23,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import comfy.samplers
-import numpy as np
 import torch
 from torch import Tensor
 
-from .kernel import GRADIENTS, Evaluation, GuidedModel, Objective, per_sample, progress, steered
+from .kernel import GRADIENTS, Evaluation, GuidedModel, Objective, noise_of, per_sample, progress, steered
 from .trace import GuidanceTrace
 
 __all__ = ["GRADIENTS", "Guidance", "guided", "on_sphere"]
@@ -137,15 +136,18 @@ class _Spherical(GuidedModel):
 
     def _travels(self, sigma: float) -> bool:
         """Whether this call is the first of a step whose repetition is wanted."""
-        sampling, wanted = self.model.model_sampling, self.objective
-        start, end = (float(sampling.percent_to_sigma(p)) for p in (wanted.recurrence_start, wanted.recurrence_end))
+        start, end = self._travelled_range
         return end <= sigma <= start and abs(sigma - self.schedule[self.step]) <= 1e-4 * sigma
+
+    @functools.cached_property
+    def _travelled_range(self) -> tuple[float, float]:
+        percents = self.objective.recurrence_start, self.objective.recurrence_end
+        start, end = (float(self.model.model_sampling.percent_to_sigma(percent)) for percent in percents)
+        return start, end
 
     def _noise(self, x: Tensor, repetition: int) -> tuple[Tensor, Tensor]:
         """Noise for a repetition and for its undoing: that of the seed, the step and its number."""
-        state = np.random.SeedSequence([self.seed, self.step, repetition]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(state) % 2**63)
-        forth, back = torch.randn(2, *x.shape, generator=generator).to(x)
+        forth, back = noise_of((2, *x.shape), self.seed, self.step, repetition).to(x)
         return forth, back
 
 

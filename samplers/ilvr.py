@@ -10,13 +10,11 @@ sigma is an entry of the schedule. So multistep samplers keep their history.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import comfy.samplers
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +22,7 @@ from torch import Tensor
 from .. import host
 from ..losses.base import repeat
 from ..losses.measurement import low_pass
+from .kernel import noise_of, with_function
 
 __all__ = ["ReferencedModel", "referenced"]
 
@@ -38,8 +37,7 @@ def referenced(
     factor     N, in latent pixels, ≥ 2
 
     The noise of y_t depends on the seed of the run and on the step alone. With `end_percent` 1 the result itself is
-    refined too. A sampler that is
-    guided already hides its state: running it raises ValueError.
+    refined too. A sampler that is guided already hides its state: running it raises ValueError.
     """
     function = sampler.sampler_function
 
@@ -57,8 +55,7 @@ def referenced(
         x = function(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable, **options)
         return model.refined(x, len(sigmas) - 1) if end_percent >= 1 else x
 
-    functools.update_wrapper(sample, function)
-    return comfy.samplers.KSAMPLER(sample, dict(sampler.extra_options), dict(sampler.inpaint_options))
+    return with_function(sampler, sample)
 
 
 class ReferencedModel:
@@ -114,9 +111,6 @@ class ReferencedModel:
         sigma = torch.as_tensor(self.schedule[step], device=x.device, dtype=x.dtype)
         y = self.reference
         if self.schedule[step] > 0:
-            state = np.random.SeedSequence([self.seed, step]).generate_state(1, np.uint64)[0]
-            generator = torch.Generator().manual_seed(int(state) % 2**63)
-            noise = torch.randn(x.shape, generator=generator).to(x)
-            y = self.model_sampling.noise_scaling(sigma, noise, y)
+            y = self.model_sampling.noise_scaling(sigma, noise_of(x.shape, self.seed, step).to(x), y)
         change = (y - x).reshape(-1, *x.shape[-3:])
         return x + low_pass(change, self.factor).reshape(x.shape)

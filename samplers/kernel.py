@@ -10,12 +10,13 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import comfy.model_management
 import comfy.samplers
+import numpy as np
 import torch
 from comfy.conds import CONDConstant
 from torch import Tensor, nn
@@ -31,9 +32,11 @@ __all__ = [
     "GuidedModel",
     "Objective",
     "deterministic_sampler_message",
+    "noise_of",
     "per_sample",
     "progress",
     "steered",
+    "with_function",
 ]
 
 log = logging.getLogger("sphereguide")
@@ -141,8 +144,14 @@ def steered(
             x = guided_model.finished(x)
         trace.finished = True
         if guided_model.guided_calls and not (trace and (guided_model.draws or len(sigmas) == 2)):
-            raise ValueError(
-                deterministic_sampler_message(objective.METHOD, "drew none in the steps that were to be guided")
+            if not host.adds_noise(sampler):
+                raise ValueError(
+                    deterministic_sampler_message(objective.METHOD, "drew none in the steps that were to be guided")
+                )
+            log.warning(  # sa_solver, on a schedule without steps in the middle noise levels
+                "%s: the sampler drew no noise in the steps that were to be guided, so none was. It adds noise "
+                "elsewhere: take more steps, another scheduler, or another sampler.",
+                objective.METHOD,
             )
         if not guided_model.guided_calls:
             log.warning(
@@ -153,8 +162,13 @@ def steered(
         trace.warn_of_skipped_steps()
         return x
 
-    functools.update_wrapper(sample, function)
-    return comfy.samplers.KSAMPLER(sample, dict(sampler.extra_options), dict(sampler.inpaint_options))
+    return with_function(sampler, sample)
+
+
+def with_function(sampler: comfy.samplers.KSAMPLER, function: Callable[..., Tensor]) -> comfy.samplers.KSAMPLER:
+    """`sampler` with `function` around its own: the options stay, and the signature that other packs look at."""
+    functools.update_wrapper(function, sampler.sampler_function)
+    return comfy.samplers.KSAMPLER(function, dict(sampler.extra_options), dict(sampler.inpaint_options))
 
 
 @contextlib.contextmanager
@@ -284,8 +298,10 @@ class GuidedModel:
 
     def evaluated(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> tuple[Tensor, Evaluation | None]:
         """denoised `[B, …]`, and the loss there with its gradient: None where the run is not guided."""
+        if not self._guides(float(sigma.max())):
+            return self.wrapped(x, sigma, **extra_args), None
         step = self._loss_step(sigma)
-        weight = self.objective.loss.weight(step) if self._guides(float(sigma.max())) else 0.0
+        weight = self.objective.loss.weight(step)
         if weight == 0:
             return self.wrapped(x, sigma, **extra_args), None
         denoised, loss, gradient = self._evaluate(x, sigma, step, **extra_args)
@@ -452,6 +468,12 @@ def progress(model_sampling: Any, sigma: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if float(model_sampling.percent_to_sigma(middle)) > sigma else (low, middle)
     return (low + high) / 2
+
+
+def noise_of(shape: Iterable[int], *key: int) -> Tensor:
+    """Gaussian noise that depends on the key alone (a seed, a step): on the CPU, like the noise of ComfyUI's seeds."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(int(state) % 2**63))
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import comfy.samplers
@@ -413,6 +414,20 @@ def test_a_sampler_that_never_draws_is_refused_while_it_runs(model):
     sampler = guided(comfy.samplers.KSAMPLER(pretends), Guidance(Distance()), GuidanceTrace())
     with pytest.raises(ValueError, match=r"drew none.*euler_ancestral"):
         gaussian_mixture.sample(sampler, model)
+
+
+def test_a_sampler_that_draws_elsewhere_in_the_schedule_runs_and_says_so(model, caplog):
+    def around_four(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None):
+        for sigma, sigma_next in itertools.pairwise(sigmas):
+            x = model(x, sigma.expand(len(x)), **extra_args)
+            if 3.9 < sigma < 4.1:
+                x = x + noise_sampler(sigma, sigma_next)
+        return x
+
+    sampler = comfy.samplers.KSAMPLER(around_four)
+    latent = gaussian_mixture.sample(guided(sampler, Guidance(Distance()), trace := GuidanceTrace()), model)
+    assert torch.equal(latent, gaussian_mixture.sample(sampler, model)) and not trace
+    assert "drew no noise in the steps that were to be guided" in caplog.text
 
 
 def test_a_model_without_gradients_is_refused_with_a_way_out():
