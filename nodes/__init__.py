@@ -6,6 +6,7 @@ from . import (
     combine,
     degrade,
     demo,
+    epsilon,
     face,
     guidance,
     measurement,
@@ -26,6 +27,7 @@ _NODES = {
     **face.NODES,
     **classifier.NODES,
     **combine.NODES,
+    **epsilon.NODES,
     **degrade.NODES,
     **demo.NODES,
 }

@@ -10,6 +10,7 @@ from ..losses.base import Loss
 from ..losses.combine import CURVES, Combined, Masked, Scheduled
 from .images import from_mask
 from .loss_node import LossNode
+from .schedule_range import percent
 
 
 class _LossOfLosses(LossNode):
@@ -86,7 +87,6 @@ class ScheduleLoss(_LossOfLosses):
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        percent = {"min": 0.0, "max": 1.0, "step": 0.001}
         return {
             "required": {
                 "loss": ("GUIDANCE_LOSS", {"tooltip": "The loss to schedule."}),
@@ -112,14 +112,8 @@ class ScheduleLoss(_LossOfLosses):
                         )
                     },
                 ),
-                "start_percent": (
-                    "FLOAT",
-                    {"default": 0.0, **percent, "tooltip": "Where the curve begins; 0 is pure noise."},
-                ),
-                "end_percent": (
-                    "FLOAT",
-                    {"default": 1.0, **percent, "tooltip": "Where the curve ends; 1 is the finished image."},
-                ),
+                "start_percent": percent(0.0, "Where the curve begins; 0 is pure noise."),
+                "end_percent": percent(1.0, "Where the curve ends; 1 is the finished image."),
             }
         }
 

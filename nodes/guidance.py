@@ -13,6 +13,7 @@ from ..samplers.dps import Posterior, posterior_guided
 from ..samplers.dsg import Guidance, guided
 from ..samplers.kernel import GRADIENTS, Objective, deterministic_sampler_message
 from ..samplers.trace import GuidanceTrace
+from .schedule_range import check_range, percent
 
 TRACE_TOOLTIP = "What guidance did at each step, for Guidance Report."
 
@@ -46,13 +47,6 @@ RATE: dict[str, Any] = {
         },
     ),
 }
-
-
-def _percent(default: float, tooltip: str) -> tuple[str, dict[str, Any]]:
-    """A widget for a place in the schedule."""
-    return "FLOAT", {"default": default, "min": 0.0, "max": 1.0, "step": 0.001, "tooltip": tooltip}
-
-
 #: Where and how: the same for all methods.
 STEPS: dict[str, Any] = {
     "interval": (
@@ -67,12 +61,12 @@ STEPS: dict[str, Any] = {
             ),
         },
     ),
-    "start_percent": _percent(
+    "start_percent": percent(
         0.0,
         "Where guidance begins, as part of the model's whole noise schedule: 0 is pure noise. Image-to-image at "
         "denoise 0.4 begins at about 0.6.",
     ),
-    "end_percent": _percent(
+    "end_percent": percent(
         1.0, "Where guidance ends, as part of the model's whole noise schedule: 1 is the finished image."
     ),
     "gradient": (
@@ -136,8 +130,8 @@ RECURRENCE: dict[str, Any] = {
             ),
         },
     ),
-    "recurrence_start": _percent(0.0, "Where repeating begins, counted like start_percent."),
-    "recurrence_end": _percent(
+    "recurrence_start": percent(0.0, "Where repeating begins, counted like start_percent."),
+    "recurrence_end": percent(
         1.0, "Where repeating ends. The middle of the schedule, such as 0.3 to 0.7, gives most for its time."
     ),
 }
@@ -176,12 +170,7 @@ def objective(kind: type[Any], loss: Loss, vae: Any, decode_scale: float, **sett
             f"{kind.METHOD}: this loss looks at images, and there is no VAE to decode them. Connect the VAE of the "
             "model, or a TAESD VAE, to the vae input."
         )
-    start, end = settings["start_percent"], settings["end_percent"]
-    if start >= end:
-        raise ValueError(
-            f"{kind.METHOD}: start_percent ({start}) is not before end_percent ({end}), so no step would be guided. "
-            "Lower the one or raise the other."
-        )
+    check_range(kind.METHOD, settings["start_percent"], settings["end_percent"], "no step would be guided")
     return kind(loss=loss, decode=Decoder(vae, decode_scale) if loss.space == "image" else None, **settings)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import comfy.samplers
 
 from ..samplers.ilvr import referenced
+from .schedule_range import check_range, percent
 
 
 class ILVRReference:
@@ -23,7 +24,6 @@ class ILVRReference:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        percent = {"min": 0.0, "max": 1.0, "step": 0.001}
         return {
             "required": {
                 "sampler": ("SAMPLER", {"tooltip": "Any sampler. To guide it as well, put DSG Guidance behind."}),
@@ -40,19 +40,9 @@ class ILVRReference:
                         ),
                     },
                 ),
-                "start_percent": (
-                    "FLOAT",
-                    {"default": 0.0, **percent, "tooltip": "Where the reference begins to count; 0 is pure noise."},
-                ),
-                "end_percent": (
-                    "FLOAT",
-                    {
-                        "default": 0.8,
-                        **percent,
-                        "tooltip": (
-                            "Where it ends; 1 is the finished image. Earlier lets the model fit the details together."
-                        ),
-                    },
+                "start_percent": percent(0.0, "Where the reference begins to count; 0 is pure noise."),
+                "end_percent": percent(
+                    0.8, "Where it ends; 1 is the finished image. Earlier lets the model fit the details together."
                 ),
             }
         }
@@ -67,11 +57,7 @@ class ILVRReference:
     ) -> tuple[comfy.samplers.KSAMPLER]:
         if not hasattr(sampler, "sampler_function"):
             raise ValueError(f"ILVR Reference: this sampler ({type(sampler).__name__}) does not show how it samples.")
-        if start_percent >= end_percent:
-            raise ValueError(
-                f"ILVR Reference: start_percent ({start_percent}) is not before end_percent ({end_percent}), so the "
-                "reference would never count. Lower the one or raise the other."
-            )
+        check_range("ILVR Reference", start_percent, end_percent, "the reference would never count")
         return (referenced(sampler, reference["samples"], factor, start_percent, end_percent),)
 
 

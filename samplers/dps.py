@@ -17,7 +17,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from .kernel import Evaluation, GuidedModel, Objective, per_sample, steered
+from .kernel import Evaluation, GuidedModel, Objective, levels, per_sample, steered
 from .trace import GuidanceTrace
 
 __all__ = ["Posterior", "posterior_guided"]
@@ -72,4 +72,4 @@ class _Shifted(GuidedModel):
 
     def _deviation(self, sigma: Tensor) -> float:
         """v = √(α² + σ²) at that sigma."""
-        return math.hypot(*self.levels(sigma))
+        return math.hypot(*levels(self.model.model_sampling, sigma))

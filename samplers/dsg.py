@@ -26,7 +26,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from .kernel import GRADIENTS, Evaluation, GuidedModel, Objective, noise_of, per_sample, progress, steered
+from .kernel import GRADIENTS, Evaluation, GuidedModel, Objective, levels, noise_of, per_sample, progress, steered
 from .trace import GuidanceTrace
 
 __all__ = ["GRADIENTS", "Guidance", "guided", "on_sphere"]
@@ -119,10 +119,10 @@ class _Spherical(GuidedModel):
             return
         self.travelled = self.step
         sigma_next = sigma.new_tensor(self.schedule[self.step + 1])
-        alpha, noise = self.levels(sigma.max())
+        alpha, noise = levels(self.model.model_sampling, sigma.max())
         if alpha == 0:  # pure noise: whatever is done to it, going back leaves nothing of it
             return
-        alpha_next, noise_next = self.levels(sigma_next)
+        alpha_next, noise_next = levels(self.model.model_sampling, sigma_next)
         s, s_next = noise / alpha, noise_next / alpha_next
         for repetition in range(self.objective.recurrence):
             denoised, at = self.evaluated(x, sigma, **extra_args)

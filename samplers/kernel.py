@@ -32,6 +32,7 @@ __all__ = [
     "GuidedModel",
     "Objective",
     "deterministic_sampler_message",
+    "levels",
     "noise_of",
     "per_sample",
     "progress",
@@ -394,12 +395,6 @@ class GuidedModel:
             denoise_mask = function(sigma, denoise_mask, extra_options=options)
         return (denoise_mask > 0).expand_as(x)
 
-    def levels(self, sigma: Tensor) -> tuple[float, float]:
-        """α and σ of the model's x = α·x₀ + σ·ε at that sigma, of whatever prediction type it is."""
-        zero, one = torch.zeros(1, device=sigma.device), torch.ones(1, device=sigma.device)
-        scaling = self.model.model_sampling.noise_scaling
-        return float(scaling(sigma, zero, one)), float(scaling(sigma, one, zero))
-
     # Two things tell that a step is over: the draw that leads to the next entry of the schedule, and the next step's
     # callback. The sigma of a call does not: the second call of dpm_2_ancestral lies on, or below, the next entry.
 
@@ -474,6 +469,13 @@ def noise_of(shape: Iterable[int], *key: int) -> Tensor:
     """Gaussian noise that depends on the key alone (a seed, a step): on the CPU, like the noise of ComfyUI's seeds."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.randn(*shape, generator=torch.Generator().manual_seed(int(state) % 2**63))
+
+
+def levels(model_sampling: Any, sigma: Tensor) -> tuple[float, float]:
+    """α and σ of the model's x = α·x₀ + σ·ε at that sigma, of whatever prediction type it is."""
+    zero, one = torch.zeros(1, device=sigma.device), torch.ones(1, device=sigma.device)
+    scaling = model_sampling.noise_scaling
+    return float(scaling(sigma, zero, one)), float(scaling(sigma, one, zero))
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

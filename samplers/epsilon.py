@@ -1,0 +1,137 @@
+"""Epsilon Scaling (Ning et al., ICLR 2024, arXiv 2308.15321), for any sampler and any kind of prediction.
+
+A network never saw its own errors in training, and while sampling predicts noise that is too long. It is divided:
+
+    ε̂ = (x − α·x̂₀)/σ        of the model's x = α·x₀ + σ·ε
+    ε̂ ← ε̂/λ(t)              eq. 12; λ(t) = k·t + b, uniform: k = 0, "none": λ = 1
+    x̂₀ = (x − σ·ε̂)/α
+
+with t the index of the respaced step: 0 the last, T' − 1 the first. In ComfyUI's scaling of ε-, v- and EDM models α is
+1, so that x̂₀ ← x − (x − x̂₀)/λ; a flow model has α = 1 − σ, and the same line would scale its velocity.
+
+x̂₀ is what classifier-free guidance made of it, before a denoise mask: so the correction is a post-CFG function, last of
+its list, and each call of a sampler with several a step passes through it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.samplers
+import numpy as np
+from torch import Tensor
+
+from .kernel import levels, with_function
+
+__all__ = [
+    "EpsilonScaling",
+    "EpsilonSchedule",
+    "linear",
+    "scaled",
+    "scaled_model",
+    "uniform",
+]
+
+
+@dataclass(frozen=True)
+class EpsilonSchedule:
+    """λ over the noise level.
+
+    sigmas  rising, each above 0
+    scales  λ at these; between them it follows log sigma, beyond the ends it stays
+
+    Raises ValueError where that does not hold, or a λ is not above 0.
+    """
+
+    sigmas: tuple[float, ...]
+    scales: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.sigmas or len(self.sigmas) != len(self.scales):
+            raise ValueError(f"{len(self.scales)} scales for {len(self.sigmas)} noise levels: there must be one each.")
+        if self.sigmas[0] <= 0 or any(b <= a for a, b in zip(self.sigmas, self.sigmas[1:], strict=False)):
+            raise ValueError("The noise levels of an epsilon schedule must rise, and be above 0.")
+        if bad := [scale for scale in self.scales if not 0 < scale < float("inf")]:
+            raise ValueError(f"Noise can't be divided by {bad[0]:g}: λ must be above 0.")
+
+    def __call__(self, sigma: float) -> float:
+        return float(np.interp(np.log(sigma), np.log(self.sigmas), self.scales))
+
+
+def uniform(b: float) -> EpsilonSchedule:
+    return EpsilonSchedule((1.0,), (b,))
+
+
+def linear(k: float, b: float, sigmas: Iterable[float]) -> EpsilonSchedule:
+    """λ = k·t + b over the steps that begin at `sigmas`. Part of a schedule, as in image-to-image, is its last part."""
+    rising = sorted({sigma for sigma in sigmas if sigma > 0})
+    return EpsilonSchedule(tuple(rising), tuple(k * t + b for t in range(len(rising))))
+
+
+@dataclass(frozen=True)
+class EpsilonScaling:
+    """What to divide the noise by, and where.
+
+    schedule    for the sigmas of a run
+    start_percent, end_percent   the part of the noise schedule that is corrected, as in ComfyUI's own nodes
+    """
+
+    schedule: Callable[[list[float]], EpsilonSchedule]
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+
+    def __call__(self, args: dict[str, Any], sigmas: list[float]) -> Tensor:
+        """x̂₀ for what ComfyUI hands to a post-CFG function, in a run along `sigmas`."""
+        sampling, sigma = args["model"].model_sampling, float(args["sigma"].max())
+        start, end = (float(sampling.percent_to_sigma(p)) for p in (self.start_percent, self.end_percent))
+        scale = self.schedule(sigmas)(sigma) if end <= sigma <= start else 1.0
+        alpha, _ = levels(sampling, args["sigma"].max())
+        return corrected(args["input"], args["denoised"], alpha, scale)
+
+
+def corrected(x: Tensor, denoised: Tensor, alpha: float, scale: float) -> Tensor:
+    """x̂₀ with its noise divided by `scale`. At α = 0, where a flow model begins, x is noise whatever is predicted."""
+    if scale == 1 or alpha == 0:
+        return denoised
+    return (x - (x - alpha * denoised) / scale) / alpha
+
+
+def scaled(sampler: comfy.samplers.KSAMPLER, scaling: EpsilonScaling) -> comfy.samplers.KSAMPLER:
+    """`sampler` with the correction, whichever it is. Guided or not, before or after: it keeps what it is and has."""
+    function = sampler.sampler_function
+
+    def sample(
+        model: Any,
+        x: Tensor,
+        sigmas: Tensor,
+        extra_args: dict[str, Any] | None = None,
+        callback: Callable[[dict[str, Any]], None] | None = None,
+        disable: bool | None = None,
+        **options: Any,
+    ) -> Tensor:
+        extra_args = extra_args or {}
+        model_options = extra_args.get("model_options", {})
+        last = functools.partial(scaling, sigmas=sigmas.tolist())
+        functions = [*model_options.get("sampler_post_cfg_function", []), last]
+        extra_args = {**extra_args, "model_options": {**model_options, "sampler_post_cfg_function": functions}}
+        return function(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable, **options)
+
+    return with_function(sampler, sample)
+
+
+def scaled_model(model: Any, scaling: EpsilonScaling) -> Any:
+    """A clone of the MODEL with the correction.
+
+    Running it raises ValueError where the schedule counts steps and the host does not tell a model which it takes.
+    """
+
+    def correct(args: dict[str, Any]) -> Tensor:
+        sigmas = args["model_options"].get("transformer_options", {}).get("sample_sigmas")
+        return scaling(args, [] if sigmas is None else sigmas.tolist())
+
+    model = model.clone()
+    model.set_model_sampler_post_cfg_function(correct)
+    return model
