@@ -92,10 +92,10 @@ class Steered:
 FACE, MAP, STYLE = (f"sphereguide_{name}.png" for name in ("portrait", "map", "style"))
 STEERED = {
     "toy_clip_text": Steered(
-        "red hair, round glasses, teal background",
+        "red hair, yellow clothes, teal background",
         "attributes found",
         Steered.attributes,
-        wanted={"hair_color": "red", "glasses": "round", "background": "teal"},
+        wanted={"hair_color": "red", "clothes": "yellow", "background": "teal"},
     ),
     "toy_segmentation": Steered("this map", "mIoU", Steered.overlap, (MAP,)),
     "toy_style": Steered("this style", "Gram distance", Steered.style, (STYLE,)),
@@ -109,7 +109,7 @@ STEERED = {
         {"hair_color": "blue", "background": "orange"},
     ),
 }
-DRAWN = 2  # pictures of each of these
+DRAWN = 1  # pictures of each of these: the demo shall take minutes on two cores
 WEIGHTS = Path(__file__).parent / "weights"
 
 Prompt = dict[str, dict[str, Any]]
@@ -242,7 +242,7 @@ def contact_sheet(originals: list[np.ndarray], results: dict[str, dict[str, Any]
     middle = blocks[1]  # two pictures and their text fit before it
     right = middle + DRAWN * (CELL + GAP) + block_gap
     sheet.text(MARGIN, below + head - 14, "steered by", anchor="lm")
-    for x0, title in ((middle, "unguided"), (right, "guided, the same seeds")):
+    for x0, title in ((middle, "unguided"), (right, "guided")):
         sheet.text(x0 + (DRAWN * (CELL + GAP) - GAP) / 2, below + head - 14, title)
     for row, (name, task) in enumerate(STEERED.items()):
         y, result = below + head + row * (CELL + FOOT), results[name]
@@ -289,12 +289,12 @@ def run_workflow(
 
     Without guidance several workflows are the same: `known` keeps the pictures and the seconds of those that have run.
     """
-    save = node_of(prompt, "SaveImage")
+    save, pictures = node_of(prompt, "SaveImage"), "1 portrait" if count == 1 else f"{count} portraits"
     plain = unguided(prompt)
     if (key := json.dumps(recipe(plain, save))) not in known:
-        run = follow(server, plain, f"{name}, unguided, {count} portraits")
+        run = follow(server, plain, f"{name}, unguided, {pictures}")
         known[key] = server.images(run, save), round(run.seconds, 1)
-    guided = follow(server, prompt, f"{name}, guided, {count} portraits")
+    guided = follow(server, prompt, f"{name}, guided, {pictures}")
     files = {"unguided": known[key][0], "guided": server.images(guided, save)}
     if name in RESTORED:
         files = {"degraded": server.images(guided, preview_of(prompt, "SphereGuideDegradeImage"))} | files

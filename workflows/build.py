@@ -622,7 +622,10 @@ the sampler so that the result agrees. Set the same kernel_size and sigma in Deg
     ),
     "toy_clip_text": steered(
         "clip_text",
-        {"clip": open_clip(), "loss": text_loss((1130, 640), "a person with red hair, round glasses, teal background")},
+        {
+            "clip": open_clip(),
+            "loss": text_loss((1130, 640), "a person with red hair, yellow clothes, teal background"),
+        },
         "The network that judges",
         """
 The prompt is empty. CLIP Text Loss asks an open_clip model how well each estimate agrees with the text in it, and DSG
@@ -631,7 +634,7 @@ Guidance turns the sampler's noise so that the picture agrees better. This works
 Queue, then change the text. Parts of it are joined by | and weighed: red hair | glasses:0.5
 """
         + STEERING,
-        guidance_rate=0.2,
+        guidance_rate=0.1,
     ),
     "toy_segmentation": steered(
         "segmentation",
@@ -757,10 +760,11 @@ def thumbnail(name: str, demo: Path) -> None:
     """What guidance starts from beside what it makes of that: degraded, or else unguided, and guided."""
     from PIL import Image
 
-    before = "degraded" if (demo / name / f"{SHOWN}_degraded.png").exists() else "unguided"
+    restored = (demo / name / f"{SHOWN}_degraded.png").exists()
+    shown, before = (SHOWN, "degraded") if restored else (0, "unguided")
     pair = Image.new("RGB", (512, 256))
     for column, stage in enumerate((before, "guided")):
-        with Image.open(demo / name / f"{SHOWN}_{stage}.png") as picture:
+        with Image.open(demo / name / f"{shown}_{stage}.png") as picture:
             nearest = picture.width < 128  # the small picture of super-resolution shows its pixels
             resample = Image.Resampling.NEAREST if nearest else Image.Resampling.LANCZOS
             pair.paste(picture.convert("RGB").resize((256, 256), resample), (256 * column, 0))
