@@ -64,7 +64,7 @@ def scaling(title: str, schedule: str, b: float, k: float, start_percent: float,
         try:
             return linear(k, b, sigmas)
         except ValueError as error:
-            raise ValueError(f"{title}: with k {k:g} and b {b:g} λ is {error}") from None
+            raise ValueError(f"{title}: with k {k:g} and b {b:g} λ falls to 0 or below. {error}") from None
 
     return EpsilonScaling(counted if schedule == "linear" else lambda _: uniform(b), start_percent, end_percent)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -86,34 +87,47 @@ def _mutation() -> Iterator[None]:
     and freed one hand on to the next, and misses a write through a view that starts elsewhere in the same storage.
     Either gives a wrong gradient and no error.
     """
-    graphs: defaultdict[int, weakref.WeakSet[_Saved]] = defaultdict(
-        weakref.WeakSet
-    )  # by storage; a graph holds its own
+    # By storage. Weakly: a graph that is gone needs nothing any more.
+    graphs: defaultdict[int, weakref.WeakSet[_Saved]] = defaultdict(weakref.WeakSet)
 
     def save(tensor: Tensor) -> _Saved:
         saved = _Saved(tensor)
-        graphs[tensor.untyped_storage()._cdata].add(saved)
+        if (key := _storage(tensor)) is not None:
+            graphs[key].add(saved)
         return saved
 
     class CopyBeforeWrite(TorchDispatchMode):
         def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
-            for place, argument in enumerate(operation._schema.arguments):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    written = args[place] if place < len(args) else kwargs.get(argument.name)
-                    for tensor in tree_leaves(written):
-                        _copy(graphs.pop(tensor.untyped_storage()._cdata, ()))
+            for place, name in _written(operation):
+                for tensor in tree_leaves(args[place] if place < len(args) else kwargs.get(name)):
+                    key = _storage(tensor) if isinstance(tensor, Tensor) else None
+                    if key in graphs:
+                        _copy(graphs[key])
+                        del graphs[key]  # now: a copy that runs out of memory leaves the others to be made
             return operation(*args, **kwargs)
 
     with torch.autograd.graph.saved_tensors_hooks(save, lambda saved: saved.tensor), CopyBeforeWrite():
         yield
 
 
+def _storage(tensor: Tensor) -> int | None:
+    """Which memory the tensor lies in. None for those that lie in none of their own, as sparse ones do."""
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else None
+
+
+@functools.cache
+def _written(operation: Any) -> list[tuple[int, str]]:
+    """Place and name of the arguments that the operation writes to."""
+    arguments = enumerate(operation._schema.arguments)
+    return [(place, a.name) for place, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
 def _copy(graph: Iterable[_Saved]) -> None:
     copies: dict[tuple[Any, ...], Tensor] = {}
     for saved in graph:
         tensor = saved.tensor
-        view = tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+        view = tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
         if view not in copies:  # several operations keep the same tensor
             copies[view] = tensor.clone()
         saved.tensor = copies[view]

@@ -16,7 +16,7 @@ its list, and each call of a sampler with several a step passes through it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,11 @@ __all__ = [
     "scaled_model",
     "uniform",
 ]
+
+
+MOST_NOISE = 200.0
+"""Beyond this σ/α x is left as it is. DDPM's own schedule begins at 157; flow models and those with zero terminal SNR
+begin with noise alone, whose length is no prediction, and a thousandth of it would outweigh x̂₀."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,9 @@ def uniform(b: float) -> EpsilonSchedule:
     return EpsilonSchedule((1.0,), (b,))
 
 
-def linear(k: float, b: float, sigmas: Iterable[float]) -> EpsilonSchedule:
-    """λ = k·t + b over the steps that begin at `sigmas`. Part of a schedule, as in image-to-image, is its last part."""
-    rising = sorted({sigma for sigma in sigmas if sigma > 0})
+def linear(k: float, b: float, sigmas: list[float]) -> EpsilonSchedule:
+    """λ = k·t + b over the steps of a run along `sigmas`, which counts as the last part of a schedule, if as a part."""
+    rising = sorted({sigma for sigma in sigmas[:-1] if sigma > 0})  # the last is where the last step leads to
     return EpsilonSchedule(tuple(rising), tuple(k * t + b for t in range(len(rising))))
 
 
@@ -86,16 +91,16 @@ class EpsilonScaling:
     def __call__(self, args: dict[str, Any], sigmas: list[float]) -> Tensor:
         """x̂₀ for what ComfyUI hands to a post-CFG function, in a run along `sigmas`."""
         sampling, sigma = args["model"].model_sampling, float(args["sigma"].max())
+        scale = self.schedule(sigmas)(sigma)
         start, end = (float(sampling.percent_to_sigma(p)) for p in (self.start_percent, self.end_percent))
-        scale = self.schedule(sigmas)(sigma) if end <= sigma <= start else 1.0
-        alpha, _ = levels(sampling, args["sigma"].max())
+        alpha, noise = levels(sampling, args["sigma"].max())
+        if scale == 1 or not end <= sigma <= start or noise > MOST_NOISE * alpha:
+            return args["denoised"]
         return corrected(args["input"], args["denoised"], alpha, scale)
 
 
 def corrected(x: Tensor, denoised: Tensor, alpha: float, scale: float) -> Tensor:
-    """x̂₀ with its noise divided by `scale`. At α = 0, where a flow model begins, x is noise whatever is predicted."""
-    if scale == 1 or alpha == 0:
-        return denoised
+    """x̂₀ with its noise divided by `scale`."""
     return (x - (x - alpha * denoised) / scale) / alpha
 
 

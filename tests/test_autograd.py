@@ -341,6 +341,27 @@ def test_what_autograd_keeps_is_copied_whichever_view_of_it_is_written_to(write)
     torch.testing.assert_close(gradient, exact)
 
 
+def test_a_tensor_and_its_conjugate_are_two():
+    x = torch.linspace(-1, 1, 8).requires_grad_()
+    gradients = []
+    for write in (False, True):
+        with differentiable() as recording, recording(mutation=True):
+            whole = torch.complex(x, x.flip(0))
+            outcome = (whole * whole.conj() * 1j + whole.conj() ** 2).abs().sum()
+            if write:
+                whole.mul_(2)
+            gradients.append(torch.autograd.grad(outcome, x)[0])
+    torch.testing.assert_close(*gradients)
+
+
+def test_what_lies_in_no_memory_of_its_own_passes():
+    x = torch.linspace(-1, 1, 8).reshape(2, 4).requires_grad_()
+    sparse = torch.eye(2).to_sparse()
+    with differentiable() as recording, recording(mutation=True):
+        gradient = torch.autograd.grad(torch.sparse.mm(sparse, x).sum(), x)[0]
+    assert torch.equal(gradient, torch.ones(2, 4))
+
+
 def test_a_patch_that_overwrites_what_autograd_keeps_does_not_break_guidance():
     patcher = tiny_models.sd15()
     gentle, _ = run(patcher, image_guidance())

@@ -60,6 +60,11 @@ def test_linear_counts_from_the_last_step() -> None:
     assert schedule(100.0) == pytest.approx(1.032) and schedule(0.1) == pytest.approx(1.002)
 
 
+def test_where_a_run_ends_is_no_step_of_it() -> None:
+    schedule = linear(0.01, 1.0, [8.0, 4.0, 2.0])
+    assert schedule(8.0) == pytest.approx(1.01) and schedule(4.0) == schedule(2.0) == 1.0
+
+
 def test_the_last_part_of_a_schedule_has_the_scales_that_it_has_in_the_whole() -> None:
     whole, part = linear(0.01, 1.0, [8.0, 4.0, 2.0, 1.0, 0.0]), linear(0.01, 1.0, [2.0, 1.0, 0.0])
     assert whole(2.0) == part(2.0) and whole(1.0) == part(1.0)
@@ -144,9 +149,24 @@ def test_noise_that_is_too_long_by_a_factor_is_put_right_by_it(prediction: str, 
     assert not torch.allclose(run(comfy.samplers.sampler_object(name), biased), wanted, rtol=3e-3, atol=3e-3)
 
 
-def test_a_flow_model_begins_with_noise_that_stays_as_it_is() -> None:
-    x, denoised = torch.randn(2, 1, 4, 2, 2)
-    assert epsilon.corrected(x, denoised, 0.0, 1.1) is denoised
+@pytest.mark.parametrize(
+    ("prediction", "first"), [("FLOW", 1.0), ("FLOW", 1 - 1.2e-7), ("FLOW", 0.999), ("EPS", 4518.0)]
+)
+def test_where_x_is_noise_alone_nothing_is_corrected(prediction: str, first: float) -> None:
+    """Flow models begin at sigma 1, or what rounding makes of it, and those with zero terminal SNR at thousands."""
+    patcher, asked = gaussian_mixture.patcher(prediction), []
+    last = 0.5 if prediction == "FLOW" else 2.0
+
+    def two_calls(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        for sigma in (first, last):
+            asked.append(model(x, torch.full((len(x),), sigma), **extra_args))
+        return x
+
+    sampler = comfy.samplers.KSAMPLER(two_calls)
+    run(sampler, patcher)
+    run(scale(sampler, b=1.05), patcher)
+    assert torch.equal(asked[0], asked[2])
+    assert not torch.allclose(asked[1], asked[3], rtol=1e-3)
 
 
 # -- samplers ----------------------------------------------------------------------------------------------------------
@@ -165,17 +185,20 @@ def test_every_call_of_a_sampler_is_corrected(model: Any, name: str, monkeypatch
     scales, corrected = [], epsilon.corrected
     monkeypatch.setattr(epsilon, "corrected", lambda *args: scales.append(args[3]) or corrected(*args))
     before = model.model.calls
-    run(scale(name, schedule="linear", k=0.01, b=1.0), model)
+    run(scale(name, schedule="linear", k=0.01, b=1.001), model)
     assert len(scales) == model.model.calls - before >= 6
-    assert scales[0] == pytest.approx(1.05) and scales[-1] == pytest.approx(1.0)
+    assert scales[0] == pytest.approx(1.051) and scales[-1] == pytest.approx(1.001)
     assert all(later <= earlier + 1e-6 for earlier, later in pairwise(scales))
 
 
 def test_a_range_leaves_the_other_steps_alone(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    scales, corrected = [], epsilon.corrected
-    monkeypatch.setattr(epsilon, "corrected", lambda *args: scales.append(args[3]) or corrected(*args))
+    levels, corrected = [], epsilon.corrected
+    monkeypatch.setattr(epsilon, "corrected", lambda x, *args: levels.append(float(x.std())) or corrected(x, *args))
+    run(scale("euler", b=1.1), model, steps=10)
+    everywhere, levels[:] = list(levels), []
     run(scale("euler", b=1.1, start_percent=0.3, end_percent=0.7), model, steps=10)
-    assert scales[0] == scales[-1] == 1.0 and 2 <= scales.count(1.1) <= 5
+    assert len(everywhere) == 10 and 2 <= len(levels) <= 5
+    assert everywhere[0] > 2 * max(levels) and everywhere[-1] < min(levels)
 
 
 def test_what_a_mask_keeps_stays_as_it_is(model: Any) -> None:
@@ -260,7 +283,7 @@ def test_the_widgets_and_what_cannot_be_meant(model: Any, node: type) -> None:
 
 
 def test_a_linear_schedule_that_falls_to_0_is_refused_when_it_runs(model: Any) -> None:
-    with pytest.raises(ValueError, match=r"Epsilon Scaling Sampler.*λ"):
+    with pytest.raises(ValueError, match=r"Epsilon Scaling Sampler: with k -0\.1 and b 0\.5 λ falls to 0"):
         run(scale("euler", schedule="linear", k=-0.1, b=0.5), model, steps=10)
 
 
