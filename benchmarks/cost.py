@@ -237,7 +237,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(row["model"] for row in rows))
-    figure = Figure(figsize=(11, 5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(13, 5), dpi=110, layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         of_model = [row for row in rows if row["model"] == name][::-1]
         labels = [
@@ -258,7 +258,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         bars = axes.barh(labels, [row["step_ratio"] for row in of_model], color="#5b7fb5")
         axes.bar_label(bars, fmt="%.2f", padding=3)
         axes.axvline(1, color="black", linewidth=0.8)
-        axes.set(title=name, xlabel="time of a guided step / an unguided step")
+        axes.set(title=name, xlabel="time of a guided / an unguided step")
         axes.margins(x=0.15)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -197,7 +197,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                     x, *zip(*(row["interval"] for row in of_task), strict=True), color="#5b7fb5", alpha=0.2
                 )
             axes.set(title=f"{task}: {title}" if line == 0 else title, xlabel="guidance_rate")
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * max([*y, *(row["interval"][1] for row in of_task if line == 0)]))
     figure.savefig(path)
 
 

@@ -41,8 +41,8 @@ RATE: dict[str, Any] = {
             "step": 0.01,
             "tooltip": (
                 "Strength: how far the noise is turned towards the loss. 0 is off. 0.1 to 0.2 suits measured images "
-                "(inpainting, super-resolution, deblurring), 0.2 to 0.3 texts, styles and faces. Higher follows the "
-                "loss more and varies less."
+                "(inpainting, super-resolution, deblurring), maps and texts, 0.2 to 0.3 styles and faces. Higher "
+                "follows the loss more and varies less."
             ),
         },
     ),
