@@ -92,9 +92,11 @@ class EpsilonScaling:
         """x̂₀ for what ComfyUI hands to a post-CFG function, in a run along `sigmas`."""
         sampling, sigma = args["model"].model_sampling, float(args["sigma"].max())
         scale = self.schedule(sigmas)(sigma)
+        if scale == 1:  # before anything is asked of a GPU
+            return args["denoised"]
         start, end = (float(sampling.percent_to_sigma(p)) for p in (self.start_percent, self.end_percent))
         alpha, noise = levels(sampling, args["sigma"].max())
-        if scale == 1 or not end <= sigma <= start or noise > MOST_NOISE * alpha:
+        if not end <= sigma <= start or noise > MOST_NOISE * alpha:
             return args["denoised"]
         return corrected(args["input"], args["denoised"], alpha, scale)
 
