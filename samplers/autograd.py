@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .. import host
 
-__all__ = ["Recording", "differentiable", "normal"]
+__all__ = ["Recording", "differentiable", "normal", "staying_out_of_inference_mode"]
 
 Recording = Callable[..., contextlib.AbstractContextManager[None]]
 
@@ -41,7 +43,8 @@ def differentiable(*modules: nn.Module, holders: Iterable[Any] = ()) -> Iterator
 
     modules        loaded models: a `BaseModel`, a VAE's `first_stage_model`, a loss. Weights keep their storage.
     holders        objects whose attributes enter the forward pass: a guider with its conditionings, an inpainting
-                   wrapper with its noise and latent image. Inference tensors in them are cloned for the block.
+                   wrapper with its noise and latent image, what another pack wraps around the model. Inference tensors
+                   in them are cloned for the block.
 
     Raises TypeError for weights of a tensor subclass that does not tell what it is made of.
     """
@@ -67,6 +70,21 @@ def _recording(mutation: bool = False, checkpointing: nn.Module | None = None) -
         stack.enter_context(host.training_kernels())
         if mutation:
             stack.enter_context(_mutation())
+        yield
+
+
+@contextlib.contextmanager
+def staying_out_of_inference_mode() -> Iterator[None]:
+    """Within the block, this thread does not enter inference mode: packs for tiled diffusion call a model in it."""
+    enter, thread = torch.inference_mode.__enter__, threading.get_ident()
+
+    def stay(self: torch.inference_mode) -> None:
+        if threading.get_ident() == thread:
+            self._inference_mode_context = contextlib.nullcontext()
+        else:
+            enter(self)
+
+    with mock.patch.object(torch.inference_mode, "__enter__", stay):
         yield
 
 

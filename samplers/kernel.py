@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .. import host
 from ..losses.base import Loss, Step
-from .autograd import Recording, differentiable, normal
+from .autograd import Recording, differentiable, normal, staying_out_of_inference_mode
 from .trace import GuidanceTrace
 
 __all__ = [
@@ -196,12 +196,14 @@ def _prepared(
 
     holders = [link for link in host.chain(model) if not isinstance(link, nn.Module)]
     holders += [base_model.latent_format, *host.controls(guider)]
+    if hasattr(wrapper := options.get("model_function_wrapper"), "__dict__"):
+        holders.append(getattr(wrapper, "__self__", wrapper))
     if not fast:
         modules += host.networks(guider)
         options = host.with_differentiable_attention(options)
         options = {
             **options,
-            "model_function_wrapper": _model_calls(objective.METHOD, options.get("model_function_wrapper")),
+            "model_function_wrapper": _model_calls(objective.METHOD, wrapper),
         }
     with differentiable(*modules, holders=holders) as recording:
         conds = guider.conds
@@ -436,14 +438,15 @@ def _model_calls(method: str, wrapper: Callable[..., Tensor] | None) -> Callable
     def apply(apply_model: Callable[..., Tensor], parameters: dict[str, Any]) -> Tensor:
         x, c = parameters["input"], dict(parameters["c"])
         wanted = not c.pop(_CONSTANT, False) and x.requires_grad
-        with torch.set_grad_enabled(wanted and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(wanted and torch.is_grad_enabled()), staying_out_of_inference_mode():
             if wrapper is None:
                 output = apply_model(x, parameters["timestep"], **c)
             else:
                 output = wrapper(apply_model, {**parameters, "c": c})
         if wanted and not output.requires_grad:
             raise RuntimeError(_no_gradient(method, "this model runs without gradients here"))
-        return output
+        # A wrapper may return a buffer that it wrote an earlier call's result to, graph and all.
+        return output if wanted else output.detach()
 
     return apply
 

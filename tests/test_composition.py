@@ -143,6 +143,42 @@ def inpainting_model(workflow: Workflow) -> Workflow:
     return Workflow(model, positive, negative, latent["samples"], mask)
 
 
+class Tiles:
+    """MultiDiffusion (arXiv 2302.08113): the model sees overlapping tiles of a latent, which are averaged.
+
+    As packs for tiled diffusion have it: in inference mode whatever the caller's mode, with buffers that stay from call
+    to call, and returning one of them.
+    """
+
+    def __init__(self, size: int, stride: int, returns_buffer: bool = True) -> None:
+        self.size, self.stride, self.returns_buffer = size, stride, returns_buffer
+        self.total: Tensor | None = None
+        self.count: Tensor | None = None
+
+    @torch.inference_mode()
+    def __call__(self, model_function: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
+        x, timestep, c = args["input"], args["timestep"], args["c"]
+        places = [
+            (..., slice(top, top + self.size), slice(left, left + self.size))
+            for top in range(0, x.shape[-2] - self.size + 1, self.stride)
+            for left in range(0, x.shape[-1] - self.size + 1, self.stride)
+        ]
+        if self.total is None or self.total.shape != x.shape:
+            self.total, self.count = torch.zeros_like(x), torch.zeros_like(x[:1])
+            for place in places:
+                self.count[place] += 1
+        self.total.zero_()
+        for place in places:
+            self.total[place] += model_function(x[place], timestep, **c) / self.count[place]
+        return self.total if self.returns_buffer else self.total.clone()
+
+
+def tiled_diffusion(workflow: Workflow, returns_buffer: bool = True) -> Workflow:
+    model = workflow.model.clone()
+    model.set_model_unet_function_wrapper(Tiles(8, 4, returns_buffer))
+    return replace(workflow, model=model, latent=torch.zeros(2, 4, 12, 16))
+
+
 SHAPES = {"5×9 latents": (2, 4, 5, 9), "one sample": (1, 4, 8, 8), "three samples": (3, 4, 8, 8)}
 WORKFLOWS: dict[str, Callable[[Workflow], Workflow]] = {
     "LoRA": lora,
@@ -158,6 +194,7 @@ WORKFLOWS: dict[str, Callable[[Workflow], Workflow]] = {
     "LoRA, PAG and ranges": lambda workflow: ranges(WORKFLOWS["PAG"](lora(workflow))),
     "differential diffusion": differential_diffusion,
     "inpainting model": inpainting_model,
+    "tiled diffusion": tiled_diffusion,
     **{name: lambda workflow, shape=shape: plain(*shape) for name, shape in SHAPES.items()},
 }
 
@@ -205,12 +242,21 @@ def test_the_loss_falls_and_the_unguided_run_stays_what_it_was(name: str) -> Non
     assert torch.equal(sample(workflow(name)), before)
 
 
-@pytest.mark.parametrize("name", ["two areas", "ranges", "PAG", "SAG", "RescaleCFG"])
+@pytest.mark.parametrize("name", ["two areas", "ranges", "PAG", "SAG", "RescaleCFG", "tiled diffusion"])
 def test_the_negative_prompt_may_be_a_constant(name: str) -> None:
     latent, trace = steer(workflow(name), guidance_rate=0.5, gradient="cond only")
     assert (Brightness()(latent) < Brightness()(unguided(name))).all()
     assert not torch.equal(latent, steer(workflow(name), guidance_rate=0.5)[0])
     assert not any(any(step.skipped) for step in trace.steps)
+
+
+def test_a_constant_negative_prompt_takes_no_graph_from_a_buffer_of_the_wrapper() -> None:
+    given = plain(2, 4, 8, 8)
+    norms, expected = (
+        [step.gradient_norm for step in steer(tiled_diffusion(given, returns_buffer), gradient="cond only")[1].steps]
+        for returns_buffer in (True, False)
+    )
+    assert torch.allclose(torch.tensor(norms), torch.tensor(expected), rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name in WORKFLOWS if name not in SHAPES])
