@@ -155,7 +155,6 @@ def test_workflow_that_steers_runs_and_makes_another_picture_than_without_guidan
 
 @pytest.mark.server
 def test_the_sweep_goes_from_the_unguided_picture_further_and_further(comfy_server: ComfyServer) -> None:
-    shutil.copy(ROOT / "workflows" / "sphereguide_style.png", comfy_server.input)
     prompt = read("api", "toy_strength_sweep.json")
     samplers = [node["inputs"] for node in prompt.values() if node["class_type"] == "SphereGuideKSampler"]
     for inputs in samplers:
