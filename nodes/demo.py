@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
+from torch import Tensor
+
 
 class ToyPortraits:
     DESCRIPTION = (
@@ -31,4 +35,38 @@ class ToyPortraits:
         return toy_portraits.load()
 
 
-NODES = {"SphereGuideToyPortraits": (ToyPortraits, "Load Toy Portraits")}
+class DrawToyPortraits:
+    DESCRIPTION = (
+        "Draws portraits of the world that Toy Portraits learnt, by the program that made its training data, from "
+        "seeds that no network was trained on: real images for Calibrate Epsilon Scaling, and targets for losses."
+    )
+    SEARCH_ALIASES = ["toy portraits", "test images", "ground truth", "real images"]
+    CATEGORY = "SphereGuide/demo"
+    FUNCTION = "draw"
+    RETURN_TYPES = ("IMAGE",)
+    RETURN_NAMES = ("images",)
+    OUTPUT_TOOLTIPS = ("A batch of portraits, 128x128.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "first": (
+                    "INT",
+                    {"default": 0, "min": 0, "max": 9999, "tooltip": "Which portrait comes first: each number is one."},
+                ),
+                "count": ("INT", {"default": 32, "min": 1, "max": 1024, "tooltip": "How many, one after the other."}),
+            }
+        }
+
+    def draw(self, first: int, count: int) -> tuple[Tensor]:
+        from ..demo import portraits
+
+        seeds = (portraits.VALIDATION_SEEDS[(first + i) % len(portraits.VALIDATION_SEEDS)] for i in range(count))
+        return (torch.from_numpy(np.stack([portraits.render(seed) for seed in seeds])).float() / 255,)
+
+
+NODES = {
+    "SphereGuideToyPortraits": (ToyPortraits, "Load Toy Portraits"),
+    "SphereGuideDrawToyPortraits": (DrawToyPortraits, "Draw Toy Portraits"),
+}

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import comfy.samplers
+import comfy.utils
+import numpy as np
+from torch import Tensor
 
-from ..samplers.epsilon import EpsilonScaling, EpsilonSchedule, linear, scaled, scaled_model, uniform
+from ..samplers.calibration import RUNS, Calibration, calibrate, log_power
+from ..samplers.epsilon import EpsilonScaling, EpsilonSchedule, linear, scaled_model, uniform, with_post_cfg
+from .figure import drawn, new_figure
 from .schedule_range import check_range, percent
 
-SCHEDULES = ("uniform", "linear")
+SCHEDULES = ("uniform", "linear", "measured")
 
 WIDGETS: dict[str, Any] = {
     "schedule": (
@@ -17,7 +23,7 @@ WIDGETS: dict[str, Any] = {
         {
             "tooltip": (
                 "What the noise is divided by. uniform: b at each step. linear: k·t + b, with t counted from the last "
-                "step (0) to the first, as the paper's tables have it."
+                "step (0) to the first, as the paper's tables have it. measured: what Calibrate Epsilon Scaling found."
             )
         },
     ),
@@ -49,11 +55,29 @@ WIDGETS: dict[str, Any] = {
     "start_percent": percent(0.0, "Where the correction begins, as part of the model's noise schedule: 0 is noise."),
     "end_percent": percent(1.0, "Where it ends; 1 is the finished image."),
 }
+OPTIONAL: dict[str, Any] = {
+    "epsilon_schedule": ("EPSILON_SCHEDULE", {"tooltip": "For measured: from Calibrate Epsilon Scaling."}),
+}
 
 
-def scaling(title: str, schedule: str, b: float, k: float, start_percent: float, end_percent: float) -> EpsilonScaling:
+def scaling(
+    title: str,
+    schedule: str,
+    b: float,
+    k: float,
+    start_percent: float,
+    end_percent: float,
+    epsilon_schedule: EpsilonSchedule | None = None,
+) -> EpsilonScaling:
     """Raises ValueError, for the node of that title, for what can't be meant."""
     check_range(title, start_percent, end_percent, "no step would be corrected")
+    if schedule == "measured":
+        if epsilon_schedule is None:
+            raise ValueError(
+                f"{title}: 'measured' takes an epsilon_schedule, and none is connected. Connect that of Calibrate "
+                "Epsilon Scaling, or choose uniform or linear."
+            )
+        return EpsilonScaling(lambda _: epsilon_schedule, start_percent, end_percent)
 
     def counted(sigmas: list[float]) -> EpsilonSchedule:
         if not sigmas:
@@ -85,7 +109,7 @@ class EpsilonScalingSampler:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         sampler = {"sampler": ("SAMPLER", {"tooltip": "Any sampler, guided or not."})}
-        return {"required": sampler | WIDGETS}
+        return {"required": sampler | WIDGETS, "optional": OPTIONAL}
 
     def scale(self, sampler: comfy.samplers.KSAMPLER, **settings: Any) -> tuple[comfy.samplers.KSAMPLER]:
         if not hasattr(sampler, "sampler_function"):
@@ -93,7 +117,7 @@ class EpsilonScalingSampler:
                 f"Epsilon Scaling Sampler: this sampler ({type(sampler).__name__}) does not show how it samples. Use "
                 "Epsilon Scaling (Model)."
             )
-        return (scaled(sampler, scaling("Epsilon Scaling Sampler", **settings)),)
+        return (with_post_cfg(sampler, scaling("Epsilon Scaling Sampler", **settings)),)
 
 
 class EpsilonScalingModel:
@@ -111,13 +135,162 @@ class EpsilonScalingModel:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         model = {"model": ("MODEL", {"tooltip": "The model, after its LoRAs and other patches."})}
-        return {"required": model | WIDGETS}
+        return {"required": model | WIDGETS, "optional": OPTIONAL}
 
     def scale(self, model: Any, **settings: Any) -> tuple[Any]:
         return (scaled_model(model, scaling("Epsilon Scaling (Model)", **settings)),)
 
 
+class EpsilonScalingCalibrate:
+    DESCRIPTION = (
+        "Measures which Epsilon Scaling a model needs with this sampler, these steps, this cfg and these prompts, "
+        "beside latents of real images, and says so if it needs none. It draws ten times as many pictures as it "
+        "compares, once for each recipe. After Ning et al., ICLR 2024, arXiv 2308.15321."
+    )
+    CATEGORY = "SphereGuide/epsilon scaling"
+    FUNCTION = "calibrate"
+    RETURN_TYPES = ("FLOAT", "FLOAT", "EPSILON_SCHEDULE", "IMAGE", "STRING")
+    RETURN_NAMES = ("b", "k", "epsilon_schedule", "curves", "verdict")
+    OUTPUT_TOOLTIPS = (
+        "For schedule linear, with k. 1 where the correction should stay off.",
+        "For schedule linear, with b. 0 where uniform is as good.",
+        "The best of uniform, linear and measured, or none: for schedule measured.",
+        "What was measured before and after.",
+        "What the node shows.",
+    )
+    SEARCH_ALIASES = ["calibrate", "exposure bias", "epsilon norm", "measure noise", "auto b"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "The model of the recipe, with its LoRAs and patches."}),
+                "positive": ("CONDITIONING", {"tooltip": "A prompt for pictures like the real ones."}),
+                "negative": ("CONDITIONING", {"tooltip": "The negative prompt of the recipe."}),
+                "sampler": ("SAMPLER", {"tooltip": "The sampler of the recipe, without Epsilon Scaling."}),
+                "sigmas": ("SIGMAS", {"tooltip": "Scheduler and steps of the recipe."}),
+                "latents": (
+                    "LATENT",
+                    {
+                        "tooltip": (
+                            "VAE Encode of real images, of the kind and size that the model shall draw: at least 2, "
+                            "better 16 or more."
+                        )
+                    },
+                ),
+                "cfg": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 100.0, "step": 0.1, "tooltip": "Of the recipe."}),
+                "samples": (
+                    "INT",
+                    {
+                        "default": 64,
+                        "min": 2,
+                        "max": 4096,
+                        "tooltip": "How many pictures are compared. The verdict says whether they were enough.",
+                    },
+                ),
+                "batch_size": (
+                    "INT",
+                    {"default": 8, "min": 1, "max": 1024, "tooltip": "How many are drawn at once: more take memory."},
+                ),
+                "seed": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 0xFFFFFFFFFFFFFFFF,
+                        "tooltip": "Another seed measures with other noise.",
+                    },
+                ),
+            }
+        }
+
+    def calibrate(
+        self,
+        model: Any,
+        positive: Any,
+        negative: Any,
+        sampler: comfy.samplers.KSAMPLER,
+        sigmas: Tensor,
+        latents: dict[str, Tensor],
+        cfg: float,
+        samples: int,
+        batch_size: int,
+        seed: int,
+    ) -> dict[str, Any]:
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(positive, negative)
+        guider.set_cfg(cfg)
+        bar = comfy.utils.ProgressBar(RUNS * samples)
+        found = calibrate(guider, sampler, sigmas, latents["samples"], samples, batch_size, seed, bar.update_absolute)
+        verdict, (k, b) = said(found), found.linear
+        return {"ui": {"text": [verdict]}, "result": (b, k, found.schedule, curves(found), verdict)}
+
+
+def said(found: Calibration) -> str:
+    """The verdict in words."""
+    off, on, gain, error = found.gain
+    count, name = len(found.before.power), found.nearest
+    scales, (ratio, ratio_error) = found.scales[name], found.ratio
+    if not found.pays:
+        lines = [
+            f"Leave the correction off: the best that was found, {name}, brings the power of the latents nearer to the "
+            f"real ones by {gain:.3f} ± {error:.3f} of {off:.3f}, which is no evidence."
+        ]
+    else:
+        k, b = found.linear
+        by_hand = f"uniform, b {b:.4f}" if k == 0 else f"linear, b {b:.4f}, k {k:.5f}"
+        lines = [
+            f"Use the schedule ({name}): λ {scales[0]:.4f} at the first step, {scales[-1]:.4f} at the last. The power of "
+            f"the latents is {off:.3f} off the real ones without it, and {on:.3f} with it (gain {gain:.3f} ± {error:.3f}).",
+            f"By hand: schedule {by_hand}.",
+        ]
+    lines.append(
+        f"‖ε̂‖ while sampling is {np.nanmin(ratio):.3f} to {np.nanmax(ratio):.3f} times that in training (standard "
+        f"error up to {np.nanmax(ratio_error):.3f})."
+    )
+    needed = math.ceil(count * (2 * error / abs(gain)) ** 2) if gain else count
+    enough = f"{count} samples and {len(found.real)} real images"
+    if found.pays:
+        lines.append(f"{enough} were enough.")
+    elif needed > 16 * count:
+        lines.append(f"{enough} show no difference; 16 times as many would not either.")
+    else:
+        lines.append(f"{enough}: if this small gain is real, about {needed} would show it.")
+    return "\n".join(lines)
+
+
+def curves(found: Calibration) -> Tensor:
+    """IMAGE `[1, 400, 1200, 3]`: ‖ε̂‖ in training and sampling, λ, and power beside the real, before and after."""
+    figure = new_figure("Calibrate Epsilon Scaling", 12, 4)
+    lengths, scales, powers = figure.subplots(1, 3)
+    after = "with the best"
+    lines = {"training": found.training.curve, "sampling": found.before.curve, f"sampling, {after}": found.after.curve}
+    for (name, curve), color in zip(lines.items(), ("#222222", "#c4553b", "#2f7fb8"), strict=True):
+        lengths.plot(found.sigmas, curve.mean, label=name, color=color, marker=".", markersize=3)
+        spread = 2 * curve.error
+        lengths.fill_between(found.sigmas, curve.mean - spread, curve.mean + spread, color=color, alpha=0.15)
+    lengths.set(title="length of the predicted noise, ‖ε̂‖/√n", xlabel="sigma")
+    scales.axhline(1, color="#999999", linewidth=0.8)
+    for name, values in found.scales.items():
+        scales.plot(found.sigmas, values, label=name, linewidth=2 if name == found.nearest else 1)
+    scales.set(title="λ that brings the power nearest", xlabel="sigma")
+    powers.axhline(1, color="#222222", linewidth=0.8, label="real")
+    frequency = np.linspace(0, 1, found.real.shape[-1] + 1)[1:]
+    for name, run, color in (("sampling", found.before, "#c4553b"), (after, found.after, "#2f7fb8")):
+        ratio = np.exp(log_power(run.power, found.real).mean(0))  # over the channels
+        powers.plot(frequency, ratio, label=name, color=color, marker=".")
+    powers.set(title="power of the latents over the real", xlabel="spatial frequency, 1 the finest")
+    for axes in (lengths, scales):
+        axes.set_xscale("log")
+        axes.invert_xaxis()  # as sampling goes, from noise to image
+    for axes in (lengths, scales, powers):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    return drawn(figure)
+
+
 NODES = {
     "SphereGuideEpsilonScaling": (EpsilonScalingSampler, "Epsilon Scaling Sampler"),
     "SphereGuideEpsilonScalingModel": (EpsilonScalingModel, "Epsilon Scaling (Model)"),
+    "SphereGuideEpsilonScalingCalibrate": (EpsilonScalingCalibrate, "Calibrate Epsilon Scaling"),
 }

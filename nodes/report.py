@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..samplers.trace import GuidanceTrace, GuidedStep
+from .figure import drawn, new_figure
 
 
 class GuidanceReport:
@@ -47,14 +47,7 @@ class GuidanceReport:
 
 def plot(steps: list[GuidedStep]) -> Tensor:
     """IMAGE `[1, 360, 1200, 3]`: loss, gradient norm and radius error over sigma, a line a sample; crosses: skipped."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Guidance Report draws with matplotlib, which is missing. pip install matplotlib") from error
-
-    figure = Figure(figsize=(12, 3.6), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure("Guidance Report", 12, 3.6)
     sigma = np.array([step.sigma for step in steps])
     skipped = np.array([step.skipped for step in steps])
     curves = {
@@ -74,9 +67,7 @@ def plot(steps: list[GuidedStep]) -> Tensor:
         axes.plot(sigma[at[0]], finite[at], "x", color="crimson")
         axes.set_xscale("log")
         axes.invert_xaxis()  # as sampling goes, from noise to image
-    canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype(np.float32) / 255
-    return torch.from_numpy(pixels)[None]
+    return drawn(figure)
 
 
 NODES = {"SphereGuideReport": (GuidanceReport, "Guidance Report")}

@@ -30,9 +30,9 @@ __all__ = [
     "EpsilonScaling",
     "EpsilonSchedule",
     "linear",
-    "scaled",
     "scaled_model",
     "uniform",
+    "with_post_cfg",
 ]
 
 
@@ -106,8 +106,12 @@ def corrected(x: Tensor, denoised: Tensor, alpha: float, scale: float) -> Tensor
     return (x - (x - alpha * denoised) / scale) / alpha
 
 
-def scaled(sampler: comfy.samplers.KSAMPLER, scaling: EpsilonScaling) -> comfy.samplers.KSAMPLER:
-    """`sampler` with the correction, whichever it is. Guided or not, before or after: it keeps what it is and has."""
+def with_post_cfg(
+    sampler: comfy.samplers.KSAMPLER, change: Callable[[dict[str, Any], list[float]], Tensor]
+) -> comfy.samplers.KSAMPLER:
+    """`sampler`, whichever it is, with x̂₀ of each model call made by `change`, an EpsilonScaling or another post-CFG
+    function that is told the sigmas of the run. Guided or not, before or after: the sampler keeps what it is and has.
+    """
     function = sampler.sampler_function
 
     def sample(
@@ -121,7 +125,7 @@ def scaled(sampler: comfy.samplers.KSAMPLER, scaling: EpsilonScaling) -> comfy.s
     ) -> Tensor:
         extra_args = extra_args or {}
         model_options = extra_args.get("model_options", {})
-        last = functools.partial(scaling, sigmas=sigmas.tolist())
+        last = functools.partial(change, sigmas=sigmas.tolist())
         functions = [*model_options.get("sampler_post_cfg_function", []), last]
         extra_args = {**extra_args, "model_options": {**model_options, "sampler_post_cfg_function": functions}}
         return function(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable, **options)

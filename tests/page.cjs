@@ -1,7 +1,7 @@
 // node page.cjs URL WORKFLOW.json: drops the file on the canvas of ComfyUI's page, as a person does, queues it with the
 // page's own code, and prints what the page made of it as JSON. Serves the page of 2024 and the newer ones. With
-// SUMMARY set it waits for the run, and prints what Guidance Report says on the node too, and the prompt after that;
-// SCREENSHOT names a PNG to write at the end.
+// SAYS set to the type of a node it waits for the run, and prints what that node says on itself, and the prompt after
+// that; SCREENSHOT names a PNG to write at the end.
 const { readFileSync } = require("node:fs");
 const { basename } = require("node:path");
 const { chromium } = require("playwright-core");
@@ -38,12 +38,12 @@ const quiet = ["--disable-background-networking", "--disable-component-update", 
   const prompt = await page.evaluate(async () => (await window.app.graphToPrompt()).output);
   await page.evaluate(() => window.app.queuePrompt(0, 1));
   const seen = { missing, prompt };
-  if (process.env.SUMMARY) {
-    const summary = () =>
+  if (process.env.SAYS) {
+    const said = (type) =>
       window.app.graph._nodes
-        .find((node) => node.type === "SphereGuideReport")
-        .widgets?.find((widget) => widget.name === "summary")?.value;
-    seen.summary = await (await page.waitForFunction(summary, null, { timeout: 120000 })).jsonValue();
+        .find((node) => node.type === type)
+        .widgets?.find((widget) => ["summary", "verdict"].includes(widget.name))?.value;
+    seen.said = await (await page.waitForFunction(said, process.env.SAYS, { timeout: 120000 })).jsonValue();
     seen.later = await page.evaluate(async () => (await window.app.graphToPrompt()).output);
   }
   if (process.env.SCREENSHOT) await page.screenshot({ path: process.env.SCREENSHOT });

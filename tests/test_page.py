@@ -99,13 +99,24 @@ def test_the_report_says_on_the_node_what_happened_and_leaves_the_prompt_alone(
     comfy_server: ComfyServer, tmp_path: Path
 ) -> None:
     workflow, twin = read("toy_inpainting", steps=5)
-    seen = dropped(comfy_server, workflow, tmp_path, SUMMARY="1")
-    first, sample = seen["summary"].splitlines()
+    seen = dropped(comfy_server, workflow, tmp_path, SAYS="SphereGuideReport")
+    first, sample = seen["said"].splitlines()
     assert first.startswith("DSG Guidance: 4 steps guided, sigma ")
     assert sample.startswith("sample 1: loss ") and sample.endswith("no steps skipped")
     for node in seen["later"].values():
         node["inputs"].pop("upload", None)
     assert asked(seen["later"]) == asked(twin)
+
+
+@pytest.mark.parametrize("name", ["toy_calibrate", "toy_epsilon_scaling"])
+def test_the_calibration_says_its_verdict_on_the_node(comfy_server: ComfyServer, name: str, tmp_path: Path) -> None:
+    workflow, twin = read(name, steps=2)
+    for widgets in (node["widgets_values"] for node in workflow["nodes"] if "Calibrate" in node["type"]):
+        widgets[1:3] = [4, 4]  # samples, batch size
+    twin[node_of(twin, "SphereGuideEpsilonScalingCalibrate")]["inputs"] |= {"samples": 4, "batch_size": 4}
+    seen = dropped(comfy_server, workflow, tmp_path, SAYS="SphereGuideEpsilonScalingCalibrate")
+    assert asked(seen["prompt"]) == asked(twin)
+    assert "4 samples and 32 real images" in seen["said"]
 
 
 def finished(server: ComfyServer, earlier: set[str], timeout: float = 300.0) -> dict:

@@ -17,6 +17,7 @@ from sphereguide.demo.run import RESTORED, STEERED, load, node_of, unguided
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+NOT_IN_DEMO = {"toy_strength_sweep", "toy_epsilon_scaling", "toy_calibrate"}  # they take long
 PAGE_ONLY = {"Note", "Reroute"}
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 
@@ -37,8 +38,7 @@ def build() -> Any:
 def test_files_are_what_the_script_writes(build: Any) -> None:
     for path, text in build.files().items():
         assert path.read_text(encoding="utf-8") == text, f"run workflows/build.py: {path.name} is not what it writes"
-    # The demo runs all but the sweep.
-    assert set(WORKFLOWS) == set(build.WORKFLOWS) == {*RESTORED, *STEERED, "toy_strength_sweep"}
+    assert set(WORKFLOWS) == set(build.WORKFLOWS) == {*RESTORED, *STEERED, *NOT_IN_DEMO}
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
@@ -164,3 +164,32 @@ def test_the_sweep_goes_from_the_unguided_picture_further_and_further(comfy_serv
     assert len(pictures) == len(rates) and rates == sorted(rates) and (rates[0], rates[-1]) == (0, 1)
     change = [np.abs(picture - pictures[0]).mean() for picture in pictures]
     assert change[0] == 0 and change[1] > 1 and change[-1] > 1.1 * change[1]
+
+
+@pytest.mark.server
+def test_the_corrections_side_by_side_begin_with_the_same_pictures(comfy_server: ComfyServer) -> None:
+    prompt = read("api", "toy_epsilon_scaling.json")
+    short(prompt)
+    run = comfy_server.run(prompt)
+    pictures = np.array(load(comfy_server.images(run, node_of(prompt, "SaveImage"))), dtype=int)
+    off, uniform, calibrated = pictures.reshape(3, 4, *pictures.shape[1:])
+    assert np.abs(uniform - off).mean() > 0.5
+    # With so few samples the calibration may say that there is no evidence: then it is off to the bit.
+    (verdict,) = run.outputs[node_of(prompt, "SphereGuideEpsilonScalingCalibrate")]["text"]
+    assert verdict.startswith(("Use the schedule", "Leave the correction off"))
+    assert (np.abs(calibrated - off).max() == 0) == verdict.startswith("Leave")
+
+
+@pytest.mark.server
+def test_the_calibration_draws_its_curves(comfy_server: ComfyServer) -> None:
+    prompt = read("api", "toy_calibrate.json")
+    short(prompt)
+    (curves,) = load(comfy_server.images(comfy_server.run(prompt), node_of(prompt, "SaveImage")))
+    assert curves.shape == (400, 1200, 3) and curves.std() > 10
+
+
+def short(prompt: dict[str, Any]) -> None:
+    """Two steps, few samples."""
+    prompt[node_of(prompt, "BasicScheduler")]["inputs"]["steps"] = 2
+    prompt[node_of(prompt, "SphereGuideEpsilonScalingCalibrate")]["inputs"] |= {"samples": 4, "batch_size": 4}
+    prompt[node_of(prompt, "SphereGuideDrawToyPortraits")]["inputs"]["count"] = 4

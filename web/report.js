@@ -1,18 +1,21 @@
-// Shows the summary of Guidance Report on the node.
+// Shows on a node what it says about a run.
 import { app } from "../../scripts/app.js";
 import { ComfyWidgets } from "../../scripts/widgets.js";
+
+const SHOWN = { SphereGuideReport: "summary", SphereGuideEpsilonScalingCalibrate: "verdict" };
 
 app.registerExtension({
   name: "SphereGuide.Report",
   beforeRegisterNodeDef(nodeType, nodeData) {
-    if (nodeData.name !== "SphereGuideReport") return;
+    const shown = SHOWN[nodeData.name];
+    if (!shown) return;
     const { onExecuted } = nodeType.prototype;
     nodeType.prototype.onExecuted = function (output) {
       onExecuted?.apply(this, arguments);
       if (!output?.text) return;
-      let widget = this.widgets?.find((widget) => widget.name === "summary");
+      let widget = this.widgets?.find((widget) => widget.name === shown);
       if (!widget) {
-        widget = ComfyWidgets.STRING(this, "summary", ["STRING", { multiline: true }], app).widget;
+        widget = ComfyWidgets.STRING(this, shown, ["STRING", { multiline: true }], app).widget;
         widget.inputEl.readOnly = true;
         // What a run said is not part of the workflow: neither saved with it nor sent with the prompt.
         widget.serialize = false;

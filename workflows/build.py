@@ -54,6 +54,7 @@ TYPES = {
         {"output": "LATENT", "denoised_output": "LATENT"},
     ),
     "SaveImage": Type({"images": "IMAGE"}),
+    "VAEEncode": Type({"pixels": "IMAGE", "vae": "VAE"}, {"LATENT": "LATENT"}),
     "VAEDecode": Type({"samples": "LATENT", "vae": "VAE"}, {"IMAGE": "IMAGE"}),
     "SphereGuideDSG": Type(
         {"sampler": "SAMPLER", "loss": "GUIDANCE_LOSS", "vae": "VAE"},
@@ -75,6 +76,27 @@ TYPES = {
         {f"loss_{number}": "GUIDANCE_LOSS" for number in (1, 2, 3, 4)}, {"loss": "GUIDANCE_LOSS"}
     ),
     "SphereGuideDegradeImage": Type({"image": "IMAGE"}, {"image": "IMAGE", "mask": "MASK"}),
+    "SphereGuideDrawToyPortraits": Type({}, {"images": "IMAGE"}),
+    "SphereGuideEpsilonScaling": Type(
+        {"sampler": "SAMPLER", "epsilon_schedule": "EPSILON_SCHEDULE"}, {"sampler": "SAMPLER"}
+    ),
+    "SphereGuideEpsilonScalingCalibrate": Type(
+        {
+            "model": "MODEL",
+            "positive": "CONDITIONING",
+            "negative": "CONDITIONING",
+            "sampler": "SAMPLER",
+            "sigmas": "SIGMAS",
+            "latents": "LATENT",
+        },
+        {
+            "b": "FLOAT",
+            "k": "FLOAT",
+            "epsilon_schedule": "EPSILON_SCHEDULE",
+            "curves": "IMAGE",
+            "verdict": "STRING",
+        },
+    ),
     "SphereGuideFaceIDLoss": Type({"face_encoder": "FACE_ENCODER", "image": "IMAGE"}, {"loss": "GUIDANCE_LOSS"}),
     "SphereGuideGaussianDeblurLoss": Type({"image": "IMAGE"}, {"loss": "GUIDANCE_LOSS"}),
     "SphereGuideInpaintingLoss": Type({"image": "IMAGE", "mask": "MASK"}, {"loss": "GUIDANCE_LOSS"}),
@@ -546,6 +568,152 @@ def sweep(name: str, condition: dict[str, Node], rates: tuple[float, ...], note:
     return Workflow(nodes, groups)
 
 
+def calibration(note: str) -> dict[str, Node]:
+    """A model, its recipe of 10 Euler steps, and what Calibrate Epsilon Scaling finds for it; x up to 1890."""
+    return {
+        "note": Node("Note", (0, 0), (320, 560), {"text": paragraphs(note)}, title="What this does"),
+        "toy": Node("SphereGuideToyPortraits", (380, 0), (250, 70), title="Load Toy Portraits"),
+        "real": Node(
+            "SphereGuideDrawToyPortraits", (380, 540), (250, 90), {"first": 0, "count": 32}, title="Real images"
+        ),
+        "positive": Node(
+            "CLIPTextEncode",
+            (760, 180),
+            (300, 100),
+            {"text": ""},
+            {"clip": ("toy", "CLIP")},
+            "Prompt (may be empty)",
+        ),
+        "negative": Node(
+            "CLIPTextEncode", (760, 335), (300, 100), {"text": ""}, {"clip": ("toy", "CLIP")}, "Negative prompt"
+        ),
+        "encode": Node(
+            "VAEEncode", (760, 540), (200, 60), {}, {"pixels": ("real", "images"), "vae": ("toy", "VAE")}, "Latents"
+        ),
+        "select": Node("KSamplerSelect", (1130, 0), (300, 60), {"sampler_name": "euler"}, title="Sampler"),
+        "schedule": Node(
+            "BasicScheduler",
+            (1130, 130),
+            (300, 110),
+            {"scheduler": "normal", "steps": 10, "denoise": 1.0},
+            {"model": ("toy", "MODEL")},
+            "Steps",
+        ),
+        "calibrate": Node(
+            "SphereGuideEpsilonScalingCalibrate",
+            (1130, 540),
+            (360, 420),
+            {"cfg": 1.0, "samples": 32, "batch_size": 16, "seed": 0},
+            {
+                "model": ("toy", "MODEL"),
+                "positive": ("positive", "CONDITIONING"),
+                "negative": ("negative", "CONDITIONING"),
+                "sampler": ("select", "SAMPLER"),
+                "sigmas": ("schedule", "SIGMAS"),
+                "latents": ("encode", "LATENT"),
+            },
+            "Calibrate Epsilon Scaling",
+        ),
+    }
+
+
+CALIBRATION = (
+    Group("Model and prompt", (360, -80, 720, 530), "#3f789e"),
+    Group("What real images look like", (360, 460, 720, 200), "#88A"),
+    Group("The recipe", (1110, -80, 400, 340), "#8A8"),
+    Group("What it needs", (1110, 460, 400, 520), "#b06634"),
+)
+
+
+def calibrate(name: str, note: str) -> Workflow:
+    """The measurement alone, with its plot."""
+    save = Node(
+        "SaveImage",
+        (1600, 0),
+        (1000, 420),
+        {"filename_prefix": f"sphereguide/{name}"},
+        {"images": ("calibrate", "curves")},
+        "What was measured",
+    )
+    groups = [*CALIBRATION, Group("Before and after", (1580, -80, 1040, 520), "#A88")]
+    return Workflow({**calibration(note), "save": save}, groups)
+
+
+def side_by_side(name: str, b: float, note: str) -> Workflow:
+    """The same seeds without correction, with a uniform one, and with what the calibration found."""
+    settings = {"start_percent": 0.0, "end_percent": 1.0}
+    nodes = {
+        **calibration(note),
+        "vae": Node("Reroute", (900, 1040), (75, 26), {}, {"": ("toy", "VAE")}),
+        "vae of result": Node("Reroute", (2700, 1040), (75, 26), {}, {"": ("vae", "")}),
+        "latent": Node("EmptyLatentImage", (1600, 0), (300, 110), {"width": 128, "height": 128, "batch_size": 4}),
+        "uniform": Node(
+            "SphereGuideEpsilonScaling",
+            (1600, 240),
+            (300, 210),
+            {"schedule": "uniform", "b": b, "k": 0.0, **settings},
+            {"sampler": ("select", "SAMPLER")},
+            "Uniform",
+        ),
+        "measured": Node(
+            "SphereGuideEpsilonScaling",
+            (1600, 540),
+            (300, 210),
+            {"schedule": "measured", "b": 1.0, "k": 0.0, **settings},
+            {"sampler": ("select", "SAMPLER"), "epsilon_schedule": ("calibrate", "epsilon_schedule")},
+            "Calibrated",
+        ),
+    }
+    for place, (title, sampler) in enumerate(
+        {"Off": ("select", "SAMPLER"), "Uniform": ("uniform", "sampler"), "Calibrated": ("measured", "sampler")}.items()
+    ):
+        nodes[f"sample {place}"] = Node(
+            "SamplerCustom",
+            (1980 + 340 * place, 0),
+            (300, 442),
+            {"add_noise": True, "noise_seed": 7, "cfg": 1.0},
+            {
+                "model": ("toy", "MODEL"),
+                "positive": ("positive", "CONDITIONING"),
+                "negative": ("negative", "CONDITIONING"),
+                "sampler": sampler,
+                "sigmas": ("schedule", "SIGMAS"),
+                "latent_image": ("latent", "LATENT"),
+            },
+            title,
+        )
+    for place in (1, 2):
+        before = ("sample 0", "output") if place == 1 else ("batch 1", "LATENT")
+        nodes[f"batch {place}"] = Node(
+            "LatentBatch",
+            (1980 + 340 * place, 560),
+            (300, 60),
+            {},
+            {"samples1": before, "samples2": (f"sample {place}", "output")},
+        )
+    nodes["decode"] = Node(
+        "VAEDecode", (3020, 560), (200, 60), {}, {"samples": ("batch 2", "LATENT"), "vae": ("vae of result", "")}
+    )
+    nodes["save"] = Node(
+        "SaveImage",
+        (3280, 0),
+        (640, 560),
+        {"filename_prefix": f"sphereguide/{name}"},
+        {"images": ("decode", "IMAGE")},
+        "Off, uniform, calibrated: four of each",
+    )
+    nodes["curves"] = Node(
+        "PreviewImage", (1980, 720), (640, 280), {}, {"images": ("calibrate", "curves")}, "What was measured"
+    )
+    groups = [
+        *CALIBRATION,
+        Group("Correction", (1580, 160, 340, 620), "#b58b2a"),
+        Group("The same seeds", (1960, -80, 1020, 540), "#8A8"),
+        Group("Side by side", (3000, -80, 940, 720), "#A88"),
+    ]
+    return Workflow(nodes, groups)
+
+
 RESTORATION = f"""
 Drop {PICTURE}, which lies beside this workflow, on Load Image, and queue.
 
@@ -738,6 +906,37 @@ each its weight; with normalise on, equal weights pull equally, whatever numbers
         + STEERING,
         guidance_rate=0.2,
         floor=2070,
+    ),
+    "toy_epsilon_scaling": side_by_side(
+        "epsilon_scaling",
+        1.05,
+        """
+With few steps a sampler loses detail. Epsilon Scaling divides the noise that the model predicts by a number close to 1,
+and gives it back. Here: four portraits of ten Euler steps without it, with the same number at each step (b), and with
+what Calibrate Epsilon Scaling finds.
+
+Queue: it measures first, for about a minute.
+
+Turn these:
+- b (Uniform): above 1 gives detail, then grain; below 1 smooths.
+- steps (Steps), sampler_name (Sampler): each recipe needs a correction of its own. More steps need less.
+- noise_seed in all three: other portraits.""",
+    ),
+    "toy_calibrate": calibrate(
+        "calibrate",
+        """
+Measures which Epsilon Scaling a recipe needs: model, prompt, cfg, sampler and steps. It compares what the recipe draws
+with real images, and says on the node what to use, or to leave it off.
+
+Queue, and read the verdict on Calibrate Epsilon Scaling. On the right: how long the predicted noise is in training and
+in sampling, the correction of each step, and how much detail the pictures have beside the real ones, 1 being right.
+
+Turn these:
+- sampler_name and steps: what they need differs.
+- samples: more make the verdict surer, and take longer.
+
+With your own checkpoint: VAE Encode of 16 or more pictures of the kind that your prompt asks for, in place of Draw Toy
+Portraits.""",
     ),
 }
 

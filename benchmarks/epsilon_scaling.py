@@ -1,0 +1,289 @@
+"""What Epsilon Scaling gains, where, and whether its calibration knows.
+
+    python quickstart.py bench epsilon_scaling [--quick] [--json FILE] [--models ...] [--samplers ...] [--steps ...]
+
+Fréchet distance of a judge's features, which nothing was trained on, between samples and portraits of the test seeds.
+For each model, sampler and number of steps: no correction, a grid of uniform b, and what **Calibrate Epsilon Scaling**
+finds from 64 samples and as many portraits of the validation seeds: its uniform, its linear and its measured schedule,
+of which it names one as the best, or says that the correction stays off. All cells share their seeds, and `gain` is the
+distance without correction less that with it, with the standard error of the bootstrap over pairs.
+
+The models are the one that ships and the checkpoint half-way through its training, which the repository's history has.
+Core's node `Epsilon Scaling` is uniform, and the same as ours for this kind of model (tests/test_epsilon.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "demo"), str(ROOT / "benchmarks")]
+from bootstrap import import_host, import_pack  # noqa: E402
+
+import_host(cpu=False)
+import_pack()
+
+import comfy.sample  # noqa: E402
+import comfy.samplers  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from result import Result  # noqa: E402
+from sphereguide.demo import judge as judging  # noqa: E402
+from sphereguide.demo import portraits, toy_portraits  # noqa: E402
+from sphereguide.samplers.calibration import Calibration, calibrate  # noqa: E402
+from sphereguide.samplers.epsilon import EpsilonScaling, EpsilonSchedule, with_post_cfg  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+HALF_TRAINED = "d5583e8"
+"""The commit of the first weights: 48 000 samples, less than half of the training."""
+PLAN = (
+    *(("shipped", name, 10) for name in ("euler", "euler_ancestral", "ddpm", "heun")),
+    *(("shipped", name, 20) for name in ("euler", "euler_ancestral")),
+    *(("half-trained", name, 10) for name in ("euler", "euler_ancestral")),
+)
+GRID = (1.02, 1.05, 1.08)
+FITTED = ("uniform", "linear", "measured")
+CHUNK = 40
+REAL_LATENTS = 64
+REFERENCES = 2048
+
+
+@dataclass(frozen=True)
+class Cell:
+    model: str
+    sampler: str
+    steps: int
+    correction: str
+
+
+def weights(model: str) -> Path:
+    """The folder of the model's weights; those of an earlier commit are taken out of the history."""
+    if model == "shipped":
+        return toy_portraits.WEIGHTS
+    folder = Path(tempfile.gettempdir()) / f"sphereguide-{HALF_TRAINED}"
+    folder.mkdir(exist_ok=True)
+    for name in (toy_portraits.UNET_FILE, toy_portraits.CLIP_FILE):
+        if not (folder / name).exists():
+            command = ["git", "-C", str(ROOT), "show", f"{HALF_TRAINED}:demo/weights/{name}"]
+            content = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+            part = folder / f"{name}.{os.getpid()}"
+            part.write_bytes(content)
+            part.replace(folder / name)
+    return folder
+
+
+@functools.cache
+def loaded(model: str) -> tuple[Any, Any, Any]:
+    """MODEL, the empty prompt, VAE. As a node would do it: in inference mode."""
+    with torch.inference_mode():
+        clip = toy_portraits.load_clip(weights(model))
+        empty = [[clip.encode_from_tokens(clip.tokenize(""), return_pooled=True)[0], {}]]
+        return toy_portraits.load_model(weights(model)), empty, toy_portraits.load_vae()
+
+
+def sigmas(model: str, steps: int) -> Tensor:
+    return comfy.samplers.calculate_sigmas(loaded(model)[0].model.model_sampling, "normal", steps)
+
+
+def sampler(name: str) -> comfy.samplers.KSAMPLER:
+    return comfy.samplers.sampler_object(name)
+
+
+def features(cell: Cell, schedule: EpsilonSchedule | None, start: int) -> Tensor:
+    """What the judge sees in the samples `start` to `start + CHUNK`, [CHUNK, 96]."""
+    model, empty, vae = loaded(cell.model)
+    with torch.inference_mode():
+        latent = torch.zeros(CHUNK, 4, 16, 16)
+        noise = comfy.sample.prepare_noise(latent, start)
+        used = sampler(cell.sampler)
+        if schedule is not None:
+            used = with_post_cfg(used, EpsilonScaling(lambda _: schedule))
+        at = sigmas(cell.model, cell.steps)
+        out = comfy.sample.sample_custom(
+            model, noise, 1.0, used, at, empty, empty, latent, disable_pbar=True, seed=start
+        )
+        pictures = vae.decode(out).movedim(-1, 1).clone()
+    return judge().of(pictures).features
+
+
+@functools.cache
+def judge() -> judging.Judge:
+    return judging.load(toy_portraits.WEIGHTS)
+
+
+def calibrated(model: str, name: str, steps: int) -> Calibration:
+    """What the node finds, from portraits that nothing was trained on."""
+    patcher, empty, vae = loaded(model)
+    with torch.inference_mode():
+        pictures = np.stack([portraits.render(seed) for seed in portraits.VALIDATION_SEEDS[:REAL_LATENTS]])
+        latents = vae.encode(torch.from_numpy(pictures).float() / 255)
+        guider = comfy.samplers.CFGGuider(patcher)
+        guider.set_conds(empty, empty)
+        guider.set_cfg(1.0)
+        return calibrate(guider, sampler(name), sigmas(model, steps), latents, REAL_LATENTS, 32)
+
+
+def single_threaded() -> None:
+    torch.set_num_threads(1)
+
+
+def distances(found: np.ndarray, none: np.ndarray, real: Tensor) -> dict[str, float]:
+    """Fréchet distance of `found`, what it is below that of `none`, `[N, 96]` of the same seeds; standard errors."""
+
+    def both(of: np.ndarray) -> tuple[float, float]:
+        distance, without = (judging.frechet(torch.from_numpy(group[of]), real) for group in (found, none))
+        return distance, without - distance
+
+    rng, everything = np.random.default_rng(0), np.arange(len(found))
+    errors = np.std([both(rng.integers(len(found), size=len(found))) for _ in range(50)], 0)
+    values = (*both(everything), *errors)
+    return {
+        name: round(float(v), 4) for name, v in zip(("frechet", "gain", "frechet_se", "gain_se"), values, strict=True)
+    }
+
+
+class Bench:
+    def __init__(self, result: Result, pool: ProcessPoolExecutor, count: int, kept: Path) -> None:
+        self.result, self.pool, self.count, self.kept = result, pool, count, kept
+        data = portraits.dataset(portraits.TEST_SEEDS[1000 : 1000 + REFERENCES])["images"]
+        self.real = judge().of(judging.to_tensor(data)).features
+
+    def features(self, cell: Cell, schedule: EpsilonSchedule | None) -> np.ndarray:
+        """Of all samples of a cell, `[N, 96]`: from the disk, where an interrupted run left them."""
+        path = self.kept / ("_".join(map(str, asdict(cell).values())) + ".npy")
+        if not path.exists():
+            starts = range(0, self.count, CHUNK)
+            jobs = [self.pool.submit(features, cell, schedule, start) for start in starts]
+            self.kept.mkdir(parents=True, exist_ok=True)
+            np.save(path, torch.cat([job.result() for job in jobs]).numpy()[: self.count])
+        return np.load(path)
+
+    def row(self, cell: Cell, factors: np.ndarray | None = None, **more: Any) -> dict[str, Any]:
+        """λ = `factors` at the steps, or none."""
+        row = self.result.find(asdict(cell))
+        if row is None:
+            steps = sigmas(cell.model, cell.steps)[:-1].tolist()
+            schedule = None
+            if factors is not None:
+                schedule = EpsilonSchedule(tuple(steps[::-1]), tuple(factors[::-1].tolist()))
+            found = self.features(cell, schedule)
+            none = self.features(Cell(cell.model, cell.sampler, cell.steps, "none"), None)
+            k = None if factors is None else float(factors[0] - factors[-1]) / (len(factors) - 1)
+            row = {
+                **asdict(cell),
+                "b": None if factors is None else round(float(factors[-1]), 5),
+                "k": None if k is None else round(k, 6),
+                **distances(found, none, self.real),
+                "n": self.count,
+                **more,
+            }
+            self.result.add(row)
+        name = f"{cell.model:13}{cell.sampler:16}{cell.steps:4}  {cell.correction:12}"
+        print(f"{name}{row['b'] or 1:8.4f}{row['frechet']:9.4f}{row['gain']:+9.4f} ±{row['gain_se']:7.4f}", flush=True)
+        return row
+
+    def calibration(self, model: str, name: str, steps: int) -> None:
+        """The schedules that the node finds, all three."""
+        cells = [Cell(model, name, steps, fitted) for fitted in FITTED]
+        if any(self.result.find(asdict(cell)) is None for cell in cells):
+            found = self.pool.submit(calibrated, model, name, steps).result()
+            off, on, gain, error = found.gain
+            measured = {
+                "verdict": found.nearest if found.pays else "none",
+                "power": [round(value, 4) for value in (off, on, gain, error)],
+                "ratio": np.round(found.ratio[0], 4).tolist(),
+                "delta": {"none": found.delta(found.before).tolist(), found.nearest: found.delta(found.after).tolist()},
+                "sigmas": [round(sigma, 4) for sigma in found.sigmas],
+            }
+            for cell in cells:
+                factors = found.scales[cell.correction]
+                self.row(cell, factors, scales=np.round(factors, 5).tolist(), **measured)
+
+
+def verdicts(rows: list[dict[str, Any]]) -> None:
+    """For each model, sampler and number of steps: the choice of the calibration beside the best there is."""
+    print(f"\n{'':35}{'chosen':>12}{'frechet':>9}{'gain':>7}{'best':>12}{'frechet':>9}{'chosen over best':>18}")
+    for key in dict.fromkeys((row["model"], row["sampler"], row["steps"]) for row in rows):
+        cell = {row["correction"]: row for row in rows if (row["model"], row["sampler"], row["steps"]) == key}
+        chosen = cell[cell[FITTED[0]]["verdict"]]
+        best = min(cell.values(), key=lambda row: row["frechet"])
+        gain = 1 - chosen["frechet"] / cell["none"]["frechet"]
+        over = chosen["frechet"] / best["frechet"] - 1
+        print(
+            f"{key[0]:15}{key[1]:16}{key[2]:4}{chosen['correction']:>12}{chosen['frechet']:9.3f}{gain:7.0%}"
+            f"{best['correction']:>12}{best['frechet']:9.3f}{over:18.1%}"
+        )
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    keys = list(dict.fromkeys((row["model"], row["sampler"]) for row in rows))
+    columns = min(4, len(keys))
+    lines = -(-len(keys) // columns)
+    figure = Figure(figsize=(3.6 * columns, 3.2 * lines), dpi=100, layout="constrained")
+    for place, key in enumerate(keys):
+        axes = figure.add_subplot(lines, columns, 1 + place)
+        for color, steps in enumerate(sorted({row["steps"] for row in rows})):
+            cell = [row for row in rows if (row["model"], row["sampler"], row["steps"]) == (*key, steps)]
+            if not cell:
+                continue
+            grid = sorted((row["b"] or 1.0, row["frechet"]) for row in cell if row["correction"] not in FITTED[1:])
+            axes.plot(*zip(*grid, strict=True), marker="o", color=f"C{color}", label=f"{steps} steps", markersize=3)
+            verdict = next(row["verdict"] for row in cell if row["correction"] == FITTED[0])
+            chosen = next(row["frechet"] for row in cell if row["correction"] == verdict)
+            axes.axhline(chosen, color=f"C{color}", linestyle=":", label=f"calibrated: {verdict}")
+        axes.set(title=f"{key[0]}, {key[1]}", xlabel="b", ylabel="Fréchet distance", ylim=(0, None))
+        axes.legend(fontsize=7)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="euler at 10 steps, 80 samples: shows that it runs")
+    parser.add_argument("--json", type=Path, help="where to write the rows; a plot goes beside it")
+    parser.add_argument("--models", nargs="+", choices=("shipped", "half-trained"), help="of the plan")
+    parser.add_argument("--samplers", nargs="+", help="of the plan")
+    parser.add_argument("--steps", nargs="+", type=int, help="of the plan")
+    parser.add_argument("--grid", nargs="*", type=float, default=list(GRID), help="values of b to try")
+    parser.add_argument("--samples", type=int, default=1000)
+    options = parser.parse_args()
+    chosen = (options.models, options.samplers, options.steps)
+    plan = [
+        cell for cell in PLAN if all(some is None or value in some for value, some in zip(cell, chosen, strict=True))
+    ]
+    if options.quick:
+        plan, options.grid, options.samples = plan[:1], [1.05], 80
+    settings = {"scheduler": "normal", "cfg": 1.0, "prompt": "", "n": options.samples}
+    result = Result("epsilon_scaling", settings, options.json)
+    workers = min(os.cpu_count() or 1, 8)
+    kept = options.json.with_suffix(".partial") if options.json else Path(tempfile.mkdtemp())
+    with ProcessPoolExecutor(workers, get_context("spawn"), single_threaded) as pool:
+        bench = Bench(result, pool, options.samples, kept)
+        for cell in plan:
+            bench.row(Cell(*cell, "none"))
+            for b in options.grid:
+                bench.row(Cell(*cell, f"b {b:g}"), np.full(cell[2], b))
+        for cell in plan:
+            bench.calibration(*cell)
+    verdicts(result.rows)
+    result.finish()
+    if options.json:
+        draw(result.rows, options.json.with_suffix(".png"))
+        for path in kept.iterdir():
+            path.unlink()
+        kept.rmdir()
+
+
+if __name__ == "__main__":
+    main()

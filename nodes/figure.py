@@ -1,0 +1,33 @@
+"""Plots as IMAGEs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["drawn", "new_figure"]
+
+
+def new_figure(title: str, width: float, height: float) -> Figure:
+    """An empty figure, in hundreds of pixels. Raises ImportError, for the node of that title, without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"{title} draws with matplotlib, which is missing. pip install matplotlib") from error
+    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def drawn(figure: Figure) -> Tensor:
+    """IMAGE `[1, height, width, 3]`."""
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].astype(np.float32) / 255
+    return torch.from_numpy(pixels)[None]
