@@ -240,8 +240,9 @@ def said(found: Calibration) -> str:
         k, b = found.linear
         by_hand = f"uniform, b {b:.4f}" if k == 0 else f"linear, b {b:.4f}, k {k:.5f}"
         lines = [
-            f"Use the schedule ({name}): λ {scales[0]:.4f} at the first step, {scales[-1]:.4f} at the last. The power of "
-            f"the latents is {off:.3f} off the real ones without it, and {on:.3f} with it (gain {gain:.3f} ± {error:.3f}).",
+            f"Use the schedule ({name}): λ {scales[0]:.4f} at the first step, {scales[-1]:.4f} at the last. The power "
+            f"of the latents is {off:.3f} off the real ones without it, and {on:.3f} with it (gain {gain:.3f} ± "
+            f"{error:.3f}).",
             f"By hand: schedule {by_hand}.",
         ]
     lines.append(
