@@ -4,7 +4,7 @@
 
 Fréchet distance of a judge's features, which nothing was trained on, between samples and portraits of the test seeds.
 For each model, sampler and number of steps: no correction, a grid of uniform b, and what **Calibrate Epsilon Scaling**
-finds from 64 samples and as many portraits of the validation seeds: its uniform, its linear and its measured schedule,
+finds from 128 samples and 256 portraits of the validation seeds: its uniform, its linear and its measured schedule,
 of which it names one as the best, or says that the correction stays off. All cells share their seeds, and `gain` is the
 distance without correction less that with it, with the standard error of the bootstrap over pairs.
 
@@ -51,10 +51,11 @@ PLAN = (
     *(("shipped", name, 20) for name in ("euler", "euler_ancestral")),
     *(("half-trained", name, 10) for name in ("euler", "euler_ancestral")),
 )
-GRID = (1.02, 1.05, 1.08)
+GRID = (1.02, 1.05, 1.08, 1.11)
 FITTED = ("uniform", "linear", "measured")
 CHUNK = 40
-REAL_LATENTS = 64
+REAL_LATENTS = 256
+CALIBRATED_WITH = 128
 REFERENCES = 2048
 
 
@@ -130,7 +131,7 @@ def calibrated(model: str, name: str, steps: int) -> Calibration:
         guider = comfy.samplers.CFGGuider(patcher)
         guider.set_conds(empty, empty)
         guider.set_cfg(1.0)
-        return calibrate(guider, sampler(name), sigmas(model, steps), latents, REAL_LATENTS, 32)
+        return calibrate(guider, sampler(name), sigmas(model, steps), latents, CALIBRATED_WITH, 32)
 
 
 def single_threaded() -> None:
@@ -200,6 +201,7 @@ class Bench:
             off, on, gain, error = found.gain
             measured = {
                 "verdict": found.nearest if found.pays else "none",
+                "b_errors": [round(error, 4) for error in found.b_errors],
                 "power": [round(value, 4) for value in (off, on, gain, error)],
                 "ratio": np.round(found.ratio[0], 4).tolist(),
                 "delta": {"none": found.delta(found.before).tolist(), found.nearest: found.delta(found.after).tolist()},

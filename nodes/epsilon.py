@@ -55,6 +55,8 @@ WIDGETS: dict[str, Any] = {
     "start_percent": percent(0.0, "Where the correction begins, as part of the model's noise schedule: 0 is noise."),
     "end_percent": percent(1.0, "Where it ends; 1 is the finished image."),
 }
+PRECISE = 0.005
+"""An error of b that is hard to see."""
 OPTIONAL: dict[str, Any] = {
     "epsilon_schedule": ("EPSILON_SCHEDULE", {"tooltip": "For measured: from Calibrate Epsilon Scaling."}),
 }
@@ -249,14 +251,12 @@ def said(found: Calibration) -> str:
         f"‖ε̂‖ while sampling is {np.nanmin(ratio):.3f} to {np.nanmax(ratio):.3f} times that in training (standard "
         f"error up to {np.nanmax(ratio_error):.3f})."
     )
-    needed = math.ceil(count * (2 * error / abs(gain)) ** 2) if gain else count
-    enough = f"{count} samples and {len(found.real)} real images"
-    if found.pays:
-        lines.append(f"{enough} were enough.")
-    elif needed > 16 * count:
-        lines.append(f"{enough} show no difference; 16 times as many would not either.")
-    else:
-        lines.append(f"{enough}: if this small gain is real, about {needed} would show it.")
+    for what, number, spread in zip(
+        (f"{count} samples", f"{len(found.real)} real images"), (count, len(found.real)), found.b_errors, strict=True
+    ):
+        needed = math.ceil(number * (spread / PRECISE) ** 2)
+        enough = "enough" if needed <= number else f"about {needed} would make it ± {PRECISE}"
+        lines.append(f"{what} leave b uncertain by ± {spread:.4f}: {enough}.")
     return "\n".join(lines)
 
 

@@ -87,6 +87,7 @@ class Calibration:
     real        power of the real latents, `[images, C, bands]`
     scales      λ at each step, fitted, for "uniform", "linear" and "measured"
     expected    how far from the real power each is expected to be
+    b_errors    standard error of the uniform b: what the samples make of it, and what the real images do
     """
 
     sigmas: tuple[float, ...]
@@ -96,6 +97,7 @@ class Calibration:
     real: np.ndarray
     scales: dict[str, np.ndarray]
     expected: dict[str, float]
+    b_errors: tuple[float, float]
 
     @property
     def ratio(self) -> tuple[np.ndarray, np.ndarray]:
@@ -214,12 +216,32 @@ def calibrate(
         curvature = log_power(runs.sampled(1 + inside * change).power, real) - response - slope
         ways = np.linspace(0, 1.5, 151)[:, None, None]
         distances = np.sqrt(np.mean((response + ways * slope + ways**2 * curvature) ** 2, (1, 2)))
-        scales[name] = 1 + inside * ways[distances.argmin()].item() * change
+        way = ways[distances.argmin()].item()
+        scales[name] = 1 + inside * way * change
+        if name == "uniform":
+            b_errors = _errors(before.power, real, (slope + 2 * way * curvature) / (inside * change[0]))
         expected[name] = float(distances.min())
     best = scales[min(expected, key=expected.__getitem__)]
-    return Calibration(
-        steps, training, runs.sampled(None, stage=1), runs.sampled(best, stage=1), real, scales, expected
-    )
+    before, after = (runs.sampled(one, stage=1) for one in (None, best))
+    return Calibration(steps, training, before, after, real, scales, expected, b_errors)
+
+
+def _errors(sampled: np.ndarray, real: np.ndarray, slope: np.ndarray) -> tuple[float, float]:
+    """Standard error of the uniform b by the bootstrap, over the samples and over the real images.
+
+    `slope` is how the power answers to b where it is right.
+    """
+    rng = np.random.default_rng(0)
+
+    def again(powers: np.ndarray) -> np.ndarray:
+        return powers[rng.integers(len(powers), size=len(powers))]
+
+    def b(response: np.ndarray) -> float:
+        return -float((slope * response).sum() / (slope**2).sum())
+
+    samples = [b(log_power(again(sampled), real)) for _ in range(200)]
+    images = [b(log_power(sampled, again(real))) for _ in range(200)]
+    return float(np.std(samples)), float(np.std(images))
 
 
 def _kinds(steps: int, ratio: np.ndarray) -> dict[str, tuple[np.ndarray, tuple[str, ...]]]:

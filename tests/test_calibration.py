@@ -166,6 +166,14 @@ def test_the_schedules_are_what_they_are_called(model: Any, real: Tensor) -> Non
     assert 1.02 < b < 1.2 and abs(k) < 0.02
 
 
+def test_the_error_of_b_is_that_of_many_calibrations(model: Any, real: Tensor) -> None:
+    """From the spread over seeds, with the real images all the same."""
+    results = [found(model, real, seed=seed, sampler="heun") for seed in range(12)]
+    expected = np.std([result.scales["uniform"][0] for result in results], ddof=1)
+    told = np.mean([result.b_errors[0] for result in results])
+    assert 0.5 * expected < told < 2 * expected
+
+
 def test_what_it_returns_does_what_it_says(model: Any, real: Tensor) -> None:
     """With its schedule in the sampler's node, or the model's, the latents come as near as it says."""
     with noise_times(1.1, model), torch.inference_mode():
@@ -223,7 +231,8 @@ def test_the_node_returns_what_plugs_into_the_others_and_says_what_it_found(mode
     assert verdict.startswith(f"Use the schedule ({result.nearest})")
     off, on, *_ = result.gain
     assert f"{off:.3f} off" in verdict and f"{on:.3f} with it" in verdict
-    assert f"{IMAGES} samples and {IMAGES} real images were enough" in verdict
+    for kind, error in zip(("samples", "real images"), result.b_errors, strict=True):
+        assert f"{IMAGES} {kind} leave b uncertain by ± {error:.4f}: about " in verdict
 
 
 def test_the_node_says_when_the_correction_should_stay_off(model: Any, real: Tensor) -> None:
@@ -231,7 +240,7 @@ def test_the_node_says_when_the_correction_should_stay_off(model: Any, real: Ten
     b, k, schedule, _, verdict = out["result"]
     assert (b, k, set(schedule.scales)) == (1.0, 0.0, {1.0})
     assert verdict.startswith("Leave the correction off") and "no evidence" in verdict
-    assert re.search(r"8 samples and 4 real images", verdict)
+    assert re.search(r"8 samples leave b.*\n4 real images leave b", verdict)
 
 
 def test_progress_is_told_to_the_end(model: Any, real: Tensor) -> None:

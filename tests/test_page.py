@@ -116,7 +116,7 @@ def test_the_calibration_says_its_verdict_on_the_node(comfy_server: ComfyServer,
     twin[node_of(twin, "SphereGuideEpsilonScalingCalibrate")]["inputs"] |= {"samples": 4, "batch_size": 4}
     seen = dropped(comfy_server, workflow, tmp_path, SAYS="SphereGuideEpsilonScalingCalibrate")
     assert asked(seen["prompt"]) == asked(twin)
-    assert "4 samples and 32 real images" in seen["said"]
+    assert "4 samples leave b uncertain" in seen["said"]
 
 
 def finished(server: ComfyServer, earlier: set[str], timeout: float = 300.0) -> dict:
