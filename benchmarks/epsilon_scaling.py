@@ -217,6 +217,8 @@ def verdicts(rows: list[dict[str, Any]]) -> None:
     print(f"\n{'':35}{'chosen':>12}{'frechet':>9}{'gain':>7}{'best':>12}{'frechet':>9}{'chosen over best':>18}")
     for key in dict.fromkeys((row["model"], row["sampler"], row["steps"]) for row in rows):
         cell = {row["correction"]: row for row in rows if (row["model"], row["sampler"], row["steps"]) == key}
+        if not cell.keys() >= set(FITTED):
+            continue  # of an earlier, interrupted run
         chosen = cell[cell[FITTED[0]]["verdict"]]
         best = min(cell.values(), key=lambda row: row["frechet"])
         gain = 1 - chosen["frechet"] / cell["none"]["frechet"]
@@ -238,7 +240,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes = figure.add_subplot(lines, columns, 1 + place)
         for color, steps in enumerate(sorted({row["steps"] for row in rows})):
             cell = [row for row in rows if (row["model"], row["sampler"], row["steps"]) == (*key, steps)]
-            if not cell:
+            if not any(row["correction"] == FITTED[0] for row in cell):
                 continue
             grid = sorted((row["b"] or 1.0, row["frechet"]) for row in cell if row["correction"] not in FITTED[1:])
             axes.plot(*zip(*grid, strict=True), marker="o", color=f"C{color}", label=f"{steps} steps", markersize=3)
@@ -279,6 +281,9 @@ def main() -> None:
         for cell in plan:
             bench.calibration(*cell)
     verdicts(result.rows)
+    if len(plan) < len(PLAN) and not options.quick:
+        print("A part of the plan: the rows are kept, and a run of the whole plan takes them over.")
+        return
     result.finish()
     if options.json:
         draw(result.rows, options.json.with_suffix(".png"))
