@@ -23,6 +23,7 @@ from torch import Tensor
 
 __all__ = [
     "NoiseSampler",
+    "Probe",
     "additional_models",
     "adds_noise",
     "base_model",
@@ -310,6 +311,10 @@ def sample_latent(
     return {**{key: value for key, value in latent.items() if key not in ratios}, "samples": samples}
 
 
+class Probe(comfy.samplers.KSAMPLER):
+    """Asks the model, and samples nothing: what a MODEL carries for its samplers leaves it alone."""
+
+
 def wrap_samplers(model: Any, change: Callable[[comfy.samplers.KSAMPLER], comfy.samplers.KSAMPLER], title: str) -> Any:
     """A clone of the MODEL whose runs use `change(sampler)` for whatever sampler they are given.
 
@@ -324,8 +329,9 @@ def wrap_samplers(model: Any, change: Callable[[comfy.samplers.KSAMPLER], comfy.
         ) from None
 
     def run(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        executor.class_obj = change(executor.class_obj)  # the executor is this run's own
-        executor.original = executor.class_obj.sample
+        if not isinstance(executor.class_obj, Probe):
+            executor.class_obj = change(executor.class_obj)  # the executor is this run's own
+            executor.original = executor.class_obj.sample
         return executor(*args, **kwargs)
 
     model = model.clone()

@@ -17,9 +17,11 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -156,16 +158,17 @@ def distances(found: np.ndarray, none: np.ndarray, real: Tensor) -> dict[str, fl
 class Bench:
     def __init__(self, result: Result, pool: ProcessPoolExecutor, count: int, kept: Path) -> None:
         self.result, self.pool, self.count, self.kept = result, pool, count, kept
+        kept.mkdir(parents=True, exist_ok=True)
         data = portraits.dataset(portraits.TEST_SEEDS[1000 : 1000 + REFERENCES])["images"]
         self.real = judge().of(judging.to_tensor(data)).features
 
     def features(self, cell: Cell, schedule: EpsilonSchedule | None) -> np.ndarray:
         """Of all samples of a cell, `[N, 96]`: from the disk, where an interrupted run left them."""
-        path = self.kept / ("_".join(map(str, asdict(cell).values())) + ".npy")
+        factors = zlib.crc32(repr(schedule).encode())  # those that are fitted may change with the code
+        path = self.kept / ("_".join(map(str, [*asdict(cell).values(), self.count, factors])) + ".npy")
         if not path.exists():
             starts = range(0, self.count, CHUNK)
             jobs = [self.pool.submit(features, cell, schedule, start) for start in starts]
-            self.kept.mkdir(parents=True, exist_ok=True)
             np.save(path, torch.cat([job.result() for job in jobs]).numpy()[: self.count])
         return np.load(path)
 
@@ -287,9 +290,7 @@ def main() -> None:
     result.finish()
     if options.json:
         draw(result.rows, options.json.with_suffix(".png"))
-        for path in kept.iterdir():
-            path.unlink()
-        kept.rmdir()
+        shutil.rmtree(kept)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.samplers
 import comfy.utils
@@ -14,6 +14,9 @@ from ..samplers.calibration import RUNS, Calibration, calibrate, log_power
 from ..samplers.epsilon import EpsilonScaling, EpsilonSchedule, linear, scaled_model, uniform, with_post_cfg
 from .figure import drawn, new_figure
 from .schedule_range import check_range, percent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SCHEDULES = ("uniform", "linear", "measured")
 
@@ -95,6 +98,13 @@ def scaling(
     return EpsilonScaling(counted if schedule == "linear" else lambda _: uniform(b), start_percent, end_percent)
 
 
+def check_sampler(title: str, sampler: Any, remedy: str) -> None:
+    """Raises ValueError, for the node of that title, for a sampler that nothing can be put around."""
+    if not hasattr(sampler, "sampler_function"):
+        kind = type(sampler).__name__
+        raise ValueError(f"{title}: this sampler ({kind}) does not show how it samples. {remedy}")
+
+
 class EpsilonScalingSampler:
     DESCRIPTION = (
         "Corrects a bias that each diffusion model has while it samples: the noise that it predicts is a little too "
@@ -114,11 +124,7 @@ class EpsilonScalingSampler:
         return {"required": sampler | WIDGETS, "optional": OPTIONAL}
 
     def scale(self, sampler: comfy.samplers.KSAMPLER, **settings: Any) -> tuple[comfy.samplers.KSAMPLER]:
-        if not hasattr(sampler, "sampler_function"):
-            raise ValueError(
-                f"Epsilon Scaling Sampler: this sampler ({type(sampler).__name__}) does not show how it samples. Use "
-                "Epsilon Scaling (Model)."
-            )
+        check_sampler("Epsilon Scaling Sampler", sampler, "Use Epsilon Scaling (Model).")
         return (with_post_cfg(sampler, scaling("Epsilon Scaling Sampler", **settings)),)
 
 
@@ -151,6 +157,7 @@ class EpsilonScalingCalibrate:
     )
     CATEGORY = "SphereGuide/epsilon scaling"
     FUNCTION = "calibrate"
+    OUTPUT_NODE = True
     RETURN_TYPES = ("FLOAT", "FLOAT", "EPSILON_SCHEDULE", "IMAGE", "STRING")
     RETURN_NAMES = ("b", "k", "epsilon_schedule", "curves", "verdict")
     OUTPUT_TOOLTIPS = (
@@ -175,8 +182,8 @@ class EpsilonScalingCalibrate:
                     "LATENT",
                     {
                         "tooltip": (
-                            "VAE Encode of real images, of the kind and size that the model shall draw: at least 2, "
-                            "better 16 or more."
+                            "VAE Encode of real images, of the kind and size that the model shall draw: at least 8, "
+                            "better 32 or more."
                         )
                     },
                 ),
@@ -194,13 +201,23 @@ class EpsilonScalingCalibrate:
                     "INT",
                     {"default": 8, "min": 1, "max": 1024, "tooltip": "How many are drawn at once: more take memory."},
                 ),
-                "seed": (
+                "calibration_seed": (  # not `seed`, which the page would change with each run
                     "INT",
                     {
                         "default": 0,
                         "min": 0,
                         "max": 0xFFFFFFFFFFFFFFFF,
                         "tooltip": "Another seed measures with other noise.",
+                    },
+                ),
+                "from_images": (
+                    "BOOLEAN",
+                    {
+                        "default": False,
+                        "tooltip": (
+                            "For image-to-image: sampling starts from the real images with noise. Otherwise from noise "
+                            "alone, as from an Empty Latent Image."
+                        ),
                     },
                 ),
             }
@@ -217,15 +234,31 @@ class EpsilonScalingCalibrate:
         cfg: float,
         samples: int,
         batch_size: int,
-        seed: int,
+        calibration_seed: int,
+        from_images: bool,
     ) -> dict[str, Any]:
+        title = "Calibrate Epsilon Scaling"
+        check_sampler(title, sampler, "Connect one of KSamplerSelect.")
+        if "noise_mask" in latents:
+            raise ValueError(f"{title}: the latent has a noise mask, and only whole images can be compared. Remove it.")
+        figure = new_figure(title, 12, 4)  # before the work of minutes
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
         bar = comfy.utils.ProgressBar(RUNS * samples)
-        found = calibrate(guider, sampler, sigmas, latents["samples"], samples, batch_size, seed, bar.update_absolute)
+        found = calibrate(
+            guider,
+            sampler,
+            sigmas,
+            latents["samples"],
+            samples,
+            batch_size,
+            calibration_seed,
+            from_images,
+            bar.update_absolute,
+        )
         verdict, (k, b) = said(found), found.linear
-        return {"ui": {"text": [verdict]}, "result": (b, k, found.schedule, curves(found), verdict)}
+        return {"ui": {"text": [verdict]}, "result": (b, k, found.schedule, curves(found, figure), verdict)}
 
 
 def said(found: Calibration) -> str:
@@ -235,8 +268,9 @@ def said(found: Calibration) -> str:
     scales, (ratio, ratio_error) = found.scales[name], found.ratio
     if not found.pays:
         lines = [
-            f"Leave the correction off: the best that was found, {name}, brings the power of the latents nearer to the "
-            f"real ones by {gain:.3f} ± {error:.3f} of {off:.3f}, which is no evidence."
+            f"Leave the correction off. The best that was found, {name}, brings the power of the latents, {off:.3f} "
+            f"off the real ones, nearer by {gain:.3f} ± {error:.3f}; uniform would be b "
+            f"{found.scales['uniform'][0]:.4f}. That is no evidence."
         ]
     else:
         k, b = found.linear
@@ -245,7 +279,7 @@ def said(found: Calibration) -> str:
             f"Use the schedule ({name}): λ {scales[0]:.4f} at the first step, {scales[-1]:.4f} at the last. The power "
             f"of the latents is {off:.3f} off the real ones without it, and {on:.3f} with it (gain {gain:.3f} ± "
             f"{error:.3f}).",
-            f"By hand: schedule {by_hand}.",
+            f"By hand{', untried' if name == 'measured' else ''}: schedule {by_hand}.",
         ]
     lines.append(
         f"‖ε̂‖ while sampling is {np.nanmin(ratio):.3f} to {np.nanmax(ratio):.3f} times that in training (standard "
@@ -260,9 +294,8 @@ def said(found: Calibration) -> str:
     return "\n".join(lines)
 
 
-def curves(found: Calibration) -> Tensor:
+def curves(found: Calibration, figure: Figure) -> Tensor:
     """IMAGE `[1, 400, 1200, 3]`: ‖ε̂‖ in training and sampling, λ, and power beside the real, before and after."""
-    figure = new_figure("Calibrate Epsilon Scaling", 12, 4)
     lengths, scales, powers = figure.subplots(1, 3)
     after = "with the best"
     lines = {"training": found.training.curve, "sampling": found.before.curve, f"sampling, {after}": found.after.curve}

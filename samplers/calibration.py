@@ -40,6 +40,8 @@ kinds and what that suggests; and on other noise none and the best."""
 
 BANDS = 8
 PROBE = 0.01
+FEWEST = 8
+"""Real images: of fewer the bootstrap can't tell how they vary."""
 LARGEST = 0.1
 """λ stays within 1 ± this."""
 SHAPES = ("uniform", "linear", "measured")
@@ -126,9 +128,12 @@ class Calibration:
 
     @property
     def pays(self) -> bool:
-        """Whether the best is nearer to the real images than none, by more than twice the standard error."""
+        """Whether the best is nearer to the real images than none, and a uniform b off 1, by twice their errors.
+
+        The second since the gain is measured with the real images that were fitted to, and these are few.
+        """
         _, _, gain, error = self.gain
-        return gain > 2 * error
+        return gain > 2 * error and abs(self.scales["uniform"][0] - 1) > 2 * math.hypot(*self.b_errors)
 
     @property
     def schedule(self) -> EpsilonSchedule:
@@ -147,14 +152,14 @@ class Calibration:
 
 def power(latents: Tensor) -> np.ndarray:
     """Power of latents `[B, C, …, h, w]` by channel and spatial frequency, `[B, C, bands]`; the mean is left out."""
-    spectrum = torch.fft.fft2(latents.float(), norm="ortho").abs().square()
+    spectrum = torch.fft.fft2(latents.cpu().float(), norm="ortho").abs().square()
     while spectrum.ndim > 4:
         spectrum = spectrum.mean(2)  # frames of a video
     rows, columns = (torch.fft.fftfreq(n) for n in spectrum.shape[-2:])
     frequency = (rows[:, None] ** 2 + columns**2).sqrt()  # cycles a latent pixel: 0.5 is the finest along an axis
     band = (frequency * 2 * BANDS).ceil().clamp(0, BANDS).long()
     bands = [spectrum[..., band == i].mean(-1) for i in range(1, BANDS + 1) if (band == i).any()]
-    return torch.stack(bands, -1).cpu().double().numpy()
+    return torch.stack(bands, -1).double().numpy()
 
 
 def log_power(sampled: np.ndarray, real: np.ndarray) -> np.ndarray:
@@ -174,37 +179,40 @@ def calibrate(
     samples: int = 64,
     batch_size: int = 8,
     seed: int = 0,
+    from_images: bool = False,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Calibration:
     """The correction that this guider (a model, its prompts and cfg), sampler and schedule need.
 
-    latents   `[R, C, …, h, w]` of real images, as ComfyUI passes them between nodes; R at least 2. A schedule that does
-              not begin at pure noise (image to image) starts from them too
-    samples   of each of the `RUNS` runs
-    progress  is told after each batch how many are done, of how many
+    latents      `[R, C, …, h, w]` of real images, as ComfyUI passes them between nodes; R at least 8
+    samples      of each of the `RUNS` runs
+    from_images  whether sampling starts from the real latents with noise (image to image), or from noise alone
+    progress     is told after each batch how many are done, of how many
 
-    Raises ValueError for fewer than two images or latents that hold none, and for a schedule without a step;
-    RuntimeError where a run gives no finite picture, or does not ask the model at the steps' noise levels.
+    Raises ValueError for fewer than 8 images or latents that hold none, and for a schedule that has no step, does not
+    end in an image, or has no step that can be corrected; RuntimeError where a run gives no finite picture, or does
+    not ask the model at the steps' noise levels.
     """
     steps = tuple(sorted({sigma for sigma in sigmas[:-1].tolist() if sigma > 0}, reverse=True))
     if not steps:
         raise ValueError("Calibrate Epsilon Scaling: the sigmas hold no step.")
-    if torch.count_nonzero(latents) == 0:
+    if sigmas[-1] > 0:
         raise ValueError(
-            "Calibrate Epsilon Scaling: the latent is empty. It needs real images: load some, and VAE Encode them."
+            f"Calibrate Epsilon Scaling: the sigmas end at noise ({float(sigmas[-1]):g}), and only finished images can "
+            "be compared with real ones. Connect the whole schedule, not the upper part of SplitSigmas."
         )
-    if len(latents) < 2:
-        raise ValueError(
-            "Calibrate Epsilon Scaling: one image can't say how images of this kind vary. VAE Encode a batch of at "
-            "least 2, better 16 or more."
-        )
-    runs = _Runs(guider, sampler, sigmas, steps, latents, samples, batch_size, seed, progress)
-    real = power(latents)
+    real = _power_of_images(latents)
+    runs = _Runs(guider, sampler, sigmas, steps, latents, samples, batch_size, seed, from_images, progress)
     training, before = runs.training(), runs.sampled(None)
     response, kinds = log_power(before.power, real), _kinds(len(steps), _ratio(before.curve, training.curve)[0])
     slopes = {}
     for name, (unit, _) in kinds.items():
         slopes[name] = log_power(runs.sampled(1 + unit).power, real) - response
+    if not any(np.abs(slope).max() > 1e-6 for slope in slopes.values()):
+        raise ValueError(
+            "Calibrate Epsilon Scaling: no step of this schedule can be corrected. It has none but at pure noise: take "
+            "more steps, or leave Epsilon Scaling out."
+        )
     scales, expected = {}, {}
     for name, (_, of) in kinds.items():
         columns = np.stack([slopes[other].ravel() for other in of], 1)
@@ -224,6 +232,28 @@ def calibrate(
     best = scales[min(expected, key=expected.__getitem__)]
     before, after = (runs.sampled(one, stage=1) for one in (None, best))
     return Calibration(steps, training, before, after, real, scales, expected, b_errors)
+
+
+def _power_of_images(latents: Tensor) -> np.ndarray:
+    """Raises ValueError for latents that are none of several images."""
+    title = "Calibrate Epsilon Scaling"
+    if latents.is_nested or latents.ndim < 4:
+        raise ValueError(f"{title}: these latents are no pictures ({latents.ndim} dimensions), so they have no detail.")
+    if torch.count_nonzero(latents) == 0:
+        raise ValueError(f"{title}: the latent is empty. It needs real images: load some, and VAE Encode them.")
+    if len(latents) < FEWEST:
+        video = " A video VAE made one clip of them: encode them one by one, and join them with Latent Batch."
+        raise ValueError(
+            f"{title}: {len(latents)} real images can't say how such images vary. VAE Encode a batch of at least "
+            f"{FEWEST}, better 32 or more.{video if latents.ndim == 5 and latents.shape[2] > 1 else ''}"
+        )
+    real = power(latents)
+    if not np.isfinite(real).all() or not (real.mean(0) > 0).all():
+        raise ValueError(
+            f"{title}: the latents are not finite, or the same everywhere. VAE Encode real images, with a VAE in fp32 "
+            "if they come out black."
+        )
+    return real
 
 
 def _errors(sampled: np.ndarray, real: np.ndarray, slope: np.ndarray) -> tuple[float, float]:
@@ -283,6 +313,7 @@ class _Runs:
     samples: int
     batch_size: int
     seed: int
+    from_images: bool
     progress: Callable[[int, int], None]
     done: int = 0
 
@@ -290,15 +321,13 @@ class _Runs:
         self.batches = [
             range(i, min(i + self.batch_size, self.samples)) for i in range(0, self.samples, self.batch_size)
         ]
-        most = float(self.guider.model_patcher.model.model_sampling.sigma_max)
-        self.from_noise = float(self.sigmas[0]) > 0.999 * most
 
     def training(self) -> Run:
         """What the model is shown in training, real latents with noise of each level, and what it predicts of them."""
         norms = []
         for batch in self.batches:
             noted = np.full((2, len(batch), len(self.steps)), np.nan)
-            probe = comfy.samplers.KSAMPLER(functools.partial(_ask, self.steps, noted, (self.seed, 0, batch.start)))
+            probe = host.Probe(functools.partial(_ask, self.steps, noted, (self.seed, 0, batch.start)))
             self._sample(batch, probe, self._real(batch), 0)
             norms.append(noted)
         return Run(*map(Curve, np.concatenate(norms, 1)))
@@ -313,7 +342,7 @@ class _Runs:
         for batch in self.batches:
             noted = np.full((2, len(batch), len(self.steps)), np.nan)
             latent = self._real(batch)
-            latent = torch.zeros_like(latent) if self.from_noise else latent
+            latent = latent if self.from_images else torch.zeros_like(latent)
             watched = with_post_cfg(sampler, functools.partial(_note, self.steps, noted))
             powers.append(power(self._sample(batch, watched, latent, 1 + stage)))
             norms.append(noted)
@@ -346,13 +375,13 @@ class _Runs:
 
 def _note(steps: tuple[float, ...], noted: np.ndarray, args: dict[str, Any], sigmas: list[float]) -> Tensor:
     """Notes ‖ε̂‖/√n and ‖x‖/√n of a model call. The last at a level stays: Heun's first is of the step before."""
-    x, denoised, sigma = args["input"], args["denoised"], float(args["sigma"].max())
-    step = next((i for i, other in enumerate(steps) if math.isclose(sigma, other, rel_tol=1e-4)), None)
-    if step is not None:
+    x, denoised, sigma = args["input"].detach(), args["denoised"].detach(), float(args["sigma"].max())
+    step = min(range(len(steps)), key=lambda i: abs(sigma - steps[i]))
+    if math.isclose(sigma, steps[step], rel_tol=1e-4):
         alpha, level = levels(args["model"].model_sampling, args["sigma"].max())
         noted[0, :, step] = _length((x - alpha * denoised) / level).cpu().numpy()
         noted[1, :, step] = _length(x).cpu().numpy()
-    return denoised
+    return args["denoised"]
 
 
 def _ask(

@@ -196,8 +196,9 @@ def _prepared(
 
     holders = [link for link in host.chain(model) if not isinstance(link, nn.Module)]
     holders += [base_model.latent_format, *host.controls(guider)]
-    if hasattr(wrapper := options.get("model_function_wrapper"), "__dict__"):
-        holders.append(getattr(wrapper, "__self__", wrapper))
+    wrapper = options.get("model_function_wrapper")
+    if (owner := _owner(wrapper)) is not None:
+        holders.append(owner)
     if not fast:
         modules += host.networks(guider)
         options = host.with_differentiable_attention(options)
@@ -213,6 +214,7 @@ def _prepared(
             yield recording, normal({**extra_args, "model_options": options})
         finally:
             guider.conds = conds
+            _drop_graphs(owner)
 
 
 def _refuse_what_has_no_gradient(method: str, guider: Any, model_options: dict[str, Any]) -> None:
@@ -435,6 +437,8 @@ def _model_calls(method: str, wrapper: Callable[..., Tensor] | None) -> Callable
     What is marked constant runs without a graph; what is not must leave one.
     """
 
+    owner = _owner(wrapper)
+
     def apply(apply_model: Callable[..., Tensor], parameters: dict[str, Any]) -> Tensor:
         x, c = parameters["input"], dict(parameters["c"])
         wanted = not c.pop(_CONSTANT, False) and x.requires_grad
@@ -442,6 +446,7 @@ def _model_calls(method: str, wrapper: Callable[..., Tensor] | None) -> Callable
             if wrapper is None:
                 output = apply_model(x, parameters["timestep"], **c)
             else:
+                _drop_graphs(owner)
                 output = wrapper(apply_model, {**parameters, "c": c})
         if wanted and not output.requires_grad:
             raise RuntimeError(_no_gradient(method, "this model runs without gradients here"))
@@ -449,6 +454,19 @@ def _model_calls(method: str, wrapper: Callable[..., Tensor] | None) -> Callable
         return output if wanted else output.detach()
 
     return apply
+
+
+def _owner(wrapper: Any) -> Any:
+    """The object that keeps a wrapper's buffers, if it is one or a method of one."""
+    owner = getattr(wrapper, "__self__", wrapper)
+    return owner if hasattr(owner, "__dict__") else None
+
+
+def _drop_graphs(owner: Any) -> None:
+    """Lets go of the graphs of earlier calls, which buffers of a wrapper would hold: those of all steps, in a chain."""
+    for name, value in list(vars(owner).items()) if owner is not None else ():
+        if isinstance(value, Tensor) and value.grad_fn is not None:
+            setattr(owner, name, value.detach())
 
 
 def _with_gradient(loss: Tensor, variable: Tensor) -> tuple[Tensor, Tensor]:

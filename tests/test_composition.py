@@ -259,6 +259,12 @@ def test_a_constant_negative_prompt_takes_no_graph_from_a_buffer_of_the_wrapper(
     assert torch.allclose(torch.tensor(norms), torch.tensor(expected), rtol=1e-4)
 
 
+def test_the_buffer_of_a_wrapper_keeps_no_graph() -> None:
+    given = tiled_diffusion(plain(2, 4, 8, 8))
+    steer(given)
+    assert given.model.model_options["model_function_wrapper"].total.grad_fn is None
+
+
 @pytest.mark.parametrize("name", [name for name in WORKFLOWS if name not in SHAPES])
 def test_what_the_workflow_does_has_an_effect(name: str) -> None:
     given = workflow(name)

@@ -192,4 +192,4 @@ def short(prompt: dict[str, Any]) -> None:
     """Two steps, few samples."""
     prompt[node_of(prompt, "BasicScheduler")]["inputs"]["steps"] = 2
     prompt[node_of(prompt, "SphereGuideEpsilonScalingCalibrate")]["inputs"] |= {"samples": 4, "batch_size": 4}
-    prompt[node_of(prompt, "SphereGuideDrawToyPortraits")]["inputs"]["count"] = 4
+    prompt[node_of(prompt, "SphereGuideDrawToyPortraits")]["inputs"]["count"] = 8

@@ -602,8 +602,8 @@ def calibration(note: str) -> dict[str, Node]:
         "calibrate": Node(
             "SphereGuideEpsilonScalingCalibrate",
             (1130, 540),
-            (360, 420),
-            {"cfg": 1.0, "samples": 32, "batch_size": 16, "seed": 0},
+            (360, 440),
+            {"cfg": 1.0, "samples": 32, "batch_size": 16, "calibration_seed": 0, "from_images": False},
             {
                 "model": ("toy", "MODEL"),
                 "positive": ("positive", "CONDITIONING"),
@@ -621,7 +621,7 @@ CALIBRATION = (
     Group("Model and prompt", (360, -80, 720, 530), "#3f789e"),
     Group("What real images look like", (360, 460, 720, 200), "#88A"),
     Group("The recipe", (1110, -80, 400, 340), "#8A8"),
-    Group("What it needs", (1110, 460, 400, 520), "#b06634"),
+    Group("What it needs", (1110, 460, 400, 540), "#b06634"),
 )
 
 
@@ -935,7 +935,7 @@ Turn these:
 - sampler_name and steps: what they need differs.
 - samples: more make the verdict surer, and take longer.
 
-With your own checkpoint: VAE Encode of 16 or more pictures of the kind that your prompt asks for, in place of Draw Toy
+With your own checkpoint: VAE Encode of 32 or more pictures of the kind that your prompt asks for, in place of Draw Toy
 Portraits.""",
     ),
 }
