@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def test_workflow_that_steers_runs_and_makes_another_picture_than_without_guidan
 
 
 @pytest.mark.server
-def test_the_sweep_goes_from_the_unguided_picture_further_and_further(comfy_server: ComfyServer) -> None:
+def test_the_sweep_makes_another_picture_for_each_strength(comfy_server: ComfyServer) -> None:
     prompt = read("api", "toy_strength_sweep.json")
     samplers = [node["inputs"] for node in prompt.values() if node["class_type"] == "SphereGuideKSampler"]
     for inputs in samplers:
@@ -162,8 +163,7 @@ def test_the_sweep_goes_from_the_unguided_picture_further_and_further(comfy_serv
     pictures = np.array(load(comfy_server.images(comfy_server.run(prompt), node_of(prompt, "SaveImage"))), dtype=int)
     rates = [inputs["guidance_rate"] for inputs in samplers]
     assert len(pictures) == len(rates) and rates == sorted(rates) and (rates[0], rates[-1]) == (0, 1)
-    change = [np.abs(picture - pictures[0]).mean() for picture in pictures]
-    assert change[0] == 0 and change[1] > 1 and change[-1] > 1.1 * change[1]
+    assert all(np.abs(one - other).mean() > 1 for one, other in pairwise(pictures))
 
 
 @pytest.mark.server
