@@ -280,6 +280,15 @@ def guidance(rate: float) -> dict[str, Any]:
     }
 
 
+def prompts(positive: str = "") -> dict[str, Node]:
+    title = "Prompt" if positive else "Prompt (may be empty)"
+    wire = {"clip": ("toy", "CLIP")}
+    return {
+        "positive": Node("CLIPTextEncode", (760, 180), (300, 100), {"text": positive}, wire, title),
+        "negative": Node("CLIPTextEncode", (760, 335), (300, 100), {"text": ""}, wire, "Negative prompt"),
+    }
+
+
 def steered(
     name: str,
     condition: dict[str, Node],
@@ -301,17 +310,7 @@ def steered(
         "vae": Node("Reroute", (720, floor), (75, 26), {}, {"": ("toy", "VAE")}),
         "vae of guidance": Node("Reroute", (1380, floor), (75, 26), {}, {"": ("vae", "")}),
         "vae of result": Node("Reroute", (2420, floor), (75, 26), {}, {"": ("vae of guidance", "")}),
-        "positive": Node(
-            "CLIPTextEncode",
-            (760, 180),
-            (300, 100),
-            {"text": prompt},
-            {"clip": ("toy", "CLIP")},
-            "Prompt" if prompt else "Prompt (may be empty)",
-        ),
-        "negative": Node(
-            "CLIPTextEncode", (760, 335), (300, 100), {"text": ""}, {"clip": ("toy", "CLIP")}, "Negative prompt"
-        ),
+        **prompts(prompt),
         **condition,
         # Guidance
         "select": Node("KSamplerSelect", (1130, 540), (300, 60), {"sampler_name": "euler_ancestral"}, title="Sampler"),
@@ -528,17 +527,7 @@ def sweep(name: str, condition: dict[str, Node], rates: tuple[float, ...], note:
         "vae": Node("Reroute", (720, 1040), (75, 26), {}, {"": ("toy", "VAE")}),
         "vae of guidance": Node("Reroute", (1430, 1040), (75, 26), {}, {"": ("vae", "")}),
         "vae of result": Node("Reroute", (right - 100, 1040), (75, 26), {}, {"": ("vae of guidance", "")}),
-        "positive": Node(
-            "CLIPTextEncode",
-            (760, 180),
-            (300, 100),
-            {"text": ""},
-            {"clip": ("toy", "CLIP")},
-            "Prompt (may be empty)",
-        ),
-        "negative": Node(
-            "CLIPTextEncode", (760, 335), (300, 100), {"text": ""}, {"clip": ("toy", "CLIP")}, "Negative prompt"
-        ),
+        **prompts(),
         "latent": Node("EmptyLatentImage", (1130, 335), (300, 110), {"width": 128, "height": 128, "batch_size": 1}),
         **condition,
         **samplers,
@@ -576,17 +565,7 @@ def calibration(note: str) -> dict[str, Node]:
         "real": Node(
             "SphereGuideDrawToyPortraits", (380, 540), (250, 90), {"first": 0, "count": 32}, title="Real images"
         ),
-        "positive": Node(
-            "CLIPTextEncode",
-            (760, 180),
-            (300, 100),
-            {"text": ""},
-            {"clip": ("toy", "CLIP")},
-            "Prompt (may be empty)",
-        ),
-        "negative": Node(
-            "CLIPTextEncode", (760, 335), (300, 100), {"text": ""}, {"clip": ("toy", "CLIP")}, "Negative prompt"
-        ),
+        **prompts(),
         "encode": Node(
             "VAEEncode", (760, 540), (200, 60), {}, {"pixels": ("real", "images"), "vae": ("toy", "VAE")}, "Latents"
         ),
