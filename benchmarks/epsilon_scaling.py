@@ -98,17 +98,13 @@ def sigmas(model: str, steps: int) -> Tensor:
     return comfy.samplers.calculate_sigmas(loaded(model)[0].model.model_sampling, "normal", steps)
 
 
-def sampler(name: str) -> comfy.samplers.KSAMPLER:
-    return comfy.samplers.sampler_object(name)
-
-
 def features(cell: Cell, schedule: EpsilonSchedule | None, start: int) -> Tensor:
     """What the judge sees in the samples `start` to `start + CHUNK`, [CHUNK, 96]."""
     model, empty, vae = loaded(cell.model)
     with torch.inference_mode():
         latent = torch.zeros(CHUNK, 4, 16, 16)
         noise = comfy.sample.prepare_noise(latent, start)
-        used = sampler(cell.sampler)
+        used = comfy.samplers.sampler_object(cell.sampler)
         if schedule is not None:
             used = with_post_cfg(used, EpsilonScaling(lambda _: schedule))
         at = sigmas(cell.model, cell.steps)
@@ -133,7 +129,8 @@ def calibrated(model: str, name: str, steps: int) -> Calibration:
         guider = comfy.samplers.CFGGuider(patcher)
         guider.set_conds(empty, empty)
         guider.set_cfg(1.0)
-        return calibrate(guider, sampler(name), sigmas(model, steps), latents, CALIBRATED_WITH, 32)
+        sampler = comfy.samplers.sampler_object(name)
+        return calibrate(guider, sampler, sigmas(model, steps), latents, CALIBRATED_WITH, 32)
 
 
 def single_threaded() -> None:
@@ -172,7 +169,7 @@ class Bench:
             np.save(path, torch.cat([job.result() for job in jobs]).numpy()[: self.count])
         return np.load(path)
 
-    def row(self, cell: Cell, factors: np.ndarray | None = None, **more: Any) -> dict[str, Any]:
+    def row(self, cell: Cell, factors: np.ndarray | None = None, **more: Any) -> None:
         """λ = `factors` at the steps, or none."""
         row = self.result.find(asdict(cell))
         if row is None:
@@ -194,7 +191,6 @@ class Bench:
             self.result.add(row)
         name = f"{cell.model:13}{cell.sampler:16}{cell.steps:4}  {cell.correction:12}"
         print(f"{name}{row['b'] or 1:8.4f}{row['frechet']:9.4f}{row['gain']:+9.4f} ±{row['gain_se']:7.4f}", flush=True)
-        return row
 
     def calibration(self, model: str, name: str, steps: int) -> None:
         """The schedules that the node finds, all three."""

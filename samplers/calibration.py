@@ -44,7 +44,6 @@ FEWEST = 8
 """Real images: of fewer the bootstrap can't tell how they vary."""
 LARGEST = 0.1
 """λ stays within 1 ± this."""
-SHAPES = ("uniform", "linear", "measured")
 
 
 @dataclass(frozen=True)

@@ -558,7 +558,7 @@ def sweep(name: str, condition: dict[str, Node], rates: tuple[float, ...], note:
 
 
 def calibration(note: str) -> dict[str, Node]:
-    """A model, its recipe of 10 Euler steps, and what Calibrate Epsilon Scaling finds for it; x up to 1890."""
+    """A model, its recipe of 10 Euler steps, and what Calibrate Epsilon Scaling finds for it; x up to 1490."""
     return {
         "note": Node("Note", (0, 0), (320, 560), {"text": paragraphs(note)}, title="What this does"),
         "toy": Node("SphereGuideToyPortraits", (380, 0), (250, 70), title="Load Toy Portraits"),
