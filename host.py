@@ -8,7 +8,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from types import FunctionType, SimpleNamespace
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import comfy.model_management
@@ -29,10 +29,12 @@ __all__ = [
     "base_model",
     "chain",
     "controls",
+    "fitted",
     "guider",
     "kept_activations",
     "networks",
     "noise_source",
+    "previewer",
     "sample_latent",
     "stochastic_samplers",
     "streamed_layers",
@@ -284,15 +286,7 @@ def sample_latent(
     negative: Any,
 ) -> dict[str, Any]:
     """LATENT for LATENT, with noise of the seed, its mask, its batch indices, progress and previews."""
-    try:
-        import latent_preview
-    except ImportError:  # PyPI's package of 2024
-        from comfy.cmd import latent_preview
-
-    ratios = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # of 2026: empty latents fit themselves to a model
-    fix = comfy.sample.fix_empty_latent_channels
-    given = [latent.get(name) for name in ratios] if len(inspect.signature(fix).parameters) > 2 else []
-    image = fix(model, latent["samples"], *given)
+    image = fitted(model, latent)
     noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
     samples = comfy.sample.sample_custom(
         model,
@@ -304,11 +298,34 @@ def sample_latent(
         negative,
         image,
         noise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+        callback=_latent_preview().prepare_callback(model, len(sigmas) - 1),
         disable_pbar=not getattr(comfy.utils, "PROGRESS_BAR_ENABLED", True),
         seed=seed,
     )
-    return {**{key: value for key, value in latent.items() if key not in ratios}, "samples": samples}
+    return {**{key: value for key, value in latent.items() if key not in _RATIOS}, "samples": samples}
+
+
+_RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # of 2026: empty latents fit themselves to a model
+
+
+def fitted(model: Any, latent: dict[str, Any]) -> Tensor:
+    """The samples of a LATENT; of an empty one with the channels, and on newer hosts the size, that the MODEL takes."""
+    fix = comfy.sample.fix_empty_latent_channels
+    given = [latent.get(name) for name in _RATIOS] if len(inspect.signature(fix).parameters) > 2 else []
+    return fix(model, latent["samples"], *given)
+
+
+def previewer(model: Any) -> Any:
+    """What makes a small picture of latents (`decode_latent_to_preview`); None where previews are off."""
+    return _latent_preview().get_previewer(model.load_device, model.model.latent_format)
+
+
+def _latent_preview() -> ModuleType:
+    try:
+        import latent_preview
+    except ImportError:  # PyPI's package of 2024
+        from comfy.cmd import latent_preview
+    return latent_preview
 
 
 class Probe(comfy.samplers.KSAMPLER):

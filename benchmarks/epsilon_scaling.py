@@ -3,10 +3,10 @@
     python quickstart.py bench epsilon_scaling [--quick] [--json FILE] [--models ...] [--samplers ...] [--steps ...]
 
 Fréchet distance of a judge's features, which nothing was trained on, between samples and portraits of the test seeds.
-For each model, sampler and number of steps: no correction, a grid of uniform b, and what **Calibrate Epsilon Scaling**
-finds from 128 samples and 256 portraits of the validation seeds: its uniform, its linear and its measured schedule,
-of which it names one as the best, or says that the correction stays off. All cells share their seeds, and `gain` is the
-distance without correction less that with it, with the standard error of the bootstrap over pairs.
+For each model, sampler and number of steps: no correction, uniform b on a grid that goes on for as long as the distance
+falls, and what **Calibrate Epsilon Scaling** finds from 128 samples and 256 portraits of the validation seeds: uniform,
+linear, measured, or that the correction stays off. All cells share their seeds, and `gain` is the distance without
+correction less that with it, with the standard error of the bootstrap over pairs.
 
 The models are the one that ships and the checkpoint half-way through its training, which the repository's history has.
 Core's node `Epsilon Scaling` is uniform, and the same as ours for this kind of model (tests/test_epsilon.py).
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -49,12 +50,14 @@ from torch import Tensor  # noqa: E402
 HALF_TRAINED = "d5583e8"
 """The commit of the first weights: 48 000 samples, less than half of the training."""
 PLAN = (
-    *(("shipped", name, 10) for name in ("euler", "euler_ancestral", "ddpm", "heun")),
-    *(("shipped", name, 20) for name in ("euler", "euler_ancestral")),
-    *(("half-trained", name, 10) for name in ("euler", "euler_ancestral")),
+    *(("shipped", name, 10) for name in ("euler", "euler_ancestral", "heun", "ddpm")),
+    ("shipped", "euler", 20),
+    *(("half-trained", name, 10) for name in ("euler_ancestral", "euler")),
 )
-GRID = (1.02, 1.05, 1.08, 1.11)
+GRID = (1.02, 1.05, 1.08, 1.11, 1.14, 1.17, 1.2)
 FITTED = ("uniform", "linear", "measured")
+ALL_SHAPES = (("shipped", "euler", 10), ("shipped", "euler_ancestral", 10))
+"""Where all three are measured, and not only the one that the calibration names."""
 CHUNK = 40
 REAL_LATENTS = 256
 CALIBRATED_WITH = 128
@@ -169,8 +172,8 @@ class Bench:
             np.save(path, torch.cat([job.result() for job in jobs]).numpy()[: self.count])
         return np.load(path)
 
-    def row(self, cell: Cell, factors: np.ndarray | None = None, **more: Any) -> None:
-        """λ = `factors` at the steps, or none."""
+    def row(self, cell: Cell, factors: np.ndarray | None = None, **more: Any) -> float:
+        """The distance with λ = `factors` at the steps, or without a correction."""
         row = self.result.find(asdict(cell))
         if row is None:
             steps = sigmas(cell.model, cell.steps)[:-1].tolist()
@@ -191,10 +194,23 @@ class Bench:
             self.result.add(row)
         name = f"{cell.model:13}{cell.sampler:16}{cell.steps:4}  {cell.correction:12}"
         print(f"{name}{row['b'] or 1:8.4f}{row['frechet']:9.4f}{row['gain']:+9.4f} ±{row['gain_se']:7.4f}", flush=True)
+        return float(row["frechet"])
+
+    def grid(self, model: str, name: str, steps: int, values: Sequence[float]) -> None:
+        """Uniform b upwards for as long as the distance falls; the other side of 1 where the first step lost."""
+        best = none = self.row(Cell(model, name, steps, "none"))
+        for b in values:
+            found = self.row(Cell(model, name, steps, f"b {b:g}"), np.full(steps, b))
+            if found >= best:
+                break
+            best = found
+        if best == none:
+            self.row(Cell(model, name, steps, f"b {2 - values[0]:g}"), np.full(steps, 2 - values[0]))
 
     def calibration(self, model: str, name: str, steps: int) -> None:
-        """The schedules that the node finds, all three."""
-        cells = [Cell(model, name, steps, fitted) for fitted in FITTED]
+        """The schedule that the node names as the best; uniform where it names none."""
+        shapes = FITTED if (model, name, steps) in ALL_SHAPES else FITTED[:1]
+        cells = [Cell(model, name, steps, fitted) for fitted in shapes]
         if any(self.result.find(asdict(cell)) is None for cell in cells):
             found = self.pool.submit(calibrated, model, name, steps).result()
             off, on, gain, error = found.gain
@@ -206,8 +222,9 @@ class Bench:
                 "delta": {"none": found.delta(found.before).tolist(), found.nearest: found.delta(found.after).tolist()},
                 "sigmas": [round(sigma, 4) for sigma in found.sigmas],
             }
-            for cell in cells:
-                factors = found.scales[cell.correction]
+            for shape in dict.fromkeys((found.nearest, *shapes)):
+                factors = found.scales[shape]
+                cell = Cell(model, name, steps, shape)
                 self.row(cell, factors, scales=np.round(factors, 5).tolist(), **measured)
 
 
@@ -216,7 +233,7 @@ def verdicts(rows: list[dict[str, Any]]) -> None:
     print(f"\n{'':35}{'chosen':>12}{'frechet':>9}{'gain':>7}{'best':>12}{'frechet':>9}{'chosen over best':>18}")
     for key in dict.fromkeys((row["model"], row["sampler"], row["steps"]) for row in rows):
         cell = {row["correction"]: row for row in rows if (row["model"], row["sampler"], row["steps"]) == key}
-        if not cell.keys() >= set(FITTED):
+        if FITTED[0] not in cell or cell[FITTED[0]]["verdict"] not in cell:
             continue  # of an earlier, interrupted run
         chosen = cell[cell[FITTED[0]]["verdict"]]
         best = min(cell.values(), key=lambda row: row["frechet"])
@@ -258,7 +275,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=("shipped", "half-trained"), help="of the plan")
     parser.add_argument("--samplers", nargs="+", help="of the plan")
     parser.add_argument("--steps", nargs="+", type=int, help="of the plan")
-    parser.add_argument("--grid", nargs="*", type=float, default=list(GRID), help="values of b to try")
+    parser.add_argument("--grid", nargs="+", type=float, default=list(GRID), help="values of b to try, upwards from 1")
     parser.add_argument("--samples", type=int, default=1000)
     options = parser.parse_args()
     chosen = (options.models, options.samplers, options.steps)
@@ -274,10 +291,7 @@ def main() -> None:
     with ProcessPoolExecutor(workers, get_context("spawn"), single_threaded) as pool:
         bench = Bench(result, pool, options.samples, kept)
         for cell in plan:
-            bench.row(Cell(*cell, "none"))
-            for b in options.grid:
-                bench.row(Cell(*cell, f"b {b:g}"), np.full(cell[2], b))
-        for cell in plan:
+            bench.grid(*cell, options.grid)
             bench.calibration(*cell)
     verdicts(result.rows)
     if len(plan) < len(PLAN) and not options.quick:

@@ -1,6 +1,7 @@
 """What ComfyUI sees: one module a family, each with its `NODES`."""
 
 from . import (
+    amed,
     classifier,
     clip,
     combine,
@@ -28,6 +29,7 @@ _NODES = {
     **classifier.NODES,
     **combine.NODES,
     **epsilon.NODES,
+    **amed.NODES,
     **degrade.NODES,
     **demo.NODES,
 }

@@ -152,7 +152,7 @@ class EpsilonScalingModel:
 class EpsilonScalingCalibrate:
     DESCRIPTION = (
         "Measures which Epsilon Scaling a model needs with this sampler, these steps, this cfg and these prompts, "
-        "beside latents of real images, and says so if it needs none. It draws ten times as many pictures as it "
+        "beside latents of real images, and says so if it needs none. It draws thirteen times as many pictures as it "
         "compares, once for each recipe. After Ning et al., ICLR 2024, arXiv 2308.15321."
     )
     CATEGORY = "SphereGuide/epsilon scaling"

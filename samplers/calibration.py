@@ -34,16 +34,18 @@ from .kernel import levels, noise_of
 
 __all__ = ["RUNS", "Calibration", "Curve", "calibrate", "log_power", "power"]
 
-RUNS = 10
+TRIES = 2
+RUNS = 7 + 3 * TRIES
 """Passes over all samples: the training curve; then with the same noise no correction, a small one of each of the three
-kinds and what that suggests; and on other noise none and the best."""
+kinds, and what that suggests, again and again; and on other noise none and the best."""
 
 BANDS = 8
 PROBE = 0.01
 FEWEST = 8
 """Real images: of fewer the bootstrap can't tell how they vary."""
-LARGEST = 0.1
-"""λ stays within 1 ± this."""
+FURTHER = 1.5
+LARGEST = 0.1 * FURTHER**TRIES
+"""λ stays within 1 ± this: the first try goes no further than 0.1, each next one a half further than what was tried."""
 
 
 @dataclass(frozen=True)
@@ -217,20 +219,34 @@ def calibrate(
         columns = np.stack([slopes[other].ravel() for other in of], 1)
         parts, *_ = np.linalg.lstsq(columns, -response.ravel(), rcond=1e-3)
         change = sum(part * kinds[other][0] for part, other in zip(parts, of, strict=True))
-        inside = min(1.0, LARGEST / max(np.abs(change).max(), 1e-9))
-        slope = inside * sum(part * slopes[other] for part, other in zip(parts, of, strict=True))
-        # Along this change the response is s·slope + s²·curvature, as one more run tells.
-        curvature = log_power(runs.sampled(1 + inside * change).power, real) - response - slope
-        ways = np.linspace(0, 1.5, 151)[:, None, None]
-        distances = np.sqrt(np.mean((response + ways * slope + ways**2 * curvature) ** 2, (1, 2)))
-        way = ways[distances.argmin()].item()
-        scales[name] = 1 + inside * way * change
+        inside = min(1.0, 0.1 / max(np.abs(change).max(), 1e-9))
+        change *= inside
+        # Along this change the response is way·slope + way²·curvature: fitted to the small change and what was tried.
+        small = PROBE / max(np.abs(change).max(), 1e-9)
+        ways, found = [small], [small * inside * (columns @ parts).reshape(response.shape)]
+        way = 1.0
+        for _ in range(TRIES):
+            ways.append(way)
+            found.append(log_power(runs.sampled(1 + way * change).power, real) - response)
+            slope, curvature = _parabola(ways, found)
+            nexts = np.linspace(0, FURTHER * max(ways), 301)
+            distances = [np.sqrt(np.mean((response + w * slope + w**2 * curvature) ** 2)) for w in nexts]
+            way = float(nexts[np.argmin(distances)])
+        scales[name] = 1 + way * change
         if name == "uniform":
-            b_errors = _errors(before.power, real, (slope + 2 * way * curvature) / (inside * change[0]))
-        expected[name] = float(distances.min())
+            b_errors = _errors(before.power, real, (slope + 2 * way * curvature) / change[0])
+        expected[name] = float(min(distances))
     best = scales[min(expected, key=expected.__getitem__)]
     before, after = (runs.sampled(one, stage=1) for one in (None, best))
     return Calibration(steps, training, before, after, real, scales, expected, b_errors)
+
+
+def _parabola(ways: list[float], found: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Slope and curvature of the parabolas through 0 that come nearest to `found` at `ways`."""
+    columns = np.stack([np.array(ways), np.array(ways) ** 2], 1)
+    flat = np.stack([values.ravel() for values in found])
+    (slope, curvature), *_ = np.linalg.lstsq(columns, flat, rcond=None)
+    return slope.reshape(found[0].shape), curvature.reshape(found[0].shape)
 
 
 def _power_of_images(latents: Tensor) -> np.ndarray:

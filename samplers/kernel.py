@@ -10,7 +10,7 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -35,6 +35,7 @@ __all__ = [
     "levels",
     "noise_of",
     "per_sample",
+    "prepared",
     "progress",
     "steered",
     "with_function",
@@ -51,6 +52,11 @@ _CONSTANT = "sphereguide_constant"
 #: Bytes that autograd keeps of a model call, as a multiple of what the host reserves for the call alone. Measured on
 #: the layout of SD1.5 (`quickstart.py bench cost`).
 _KEPT = {False: 2.5, True: 1.5}
+
+FAST = (
+    "Set gradient to 'fast', which needs no backward pass through the model, and guides with the rest of the workflow "
+    "as it is."
+)
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,7 @@ def steered(
         seed = extra_args.get("seed")
         source = options.get("noise_sampler") or host.noise_source(function, x, sigmas, seed)
         mode = torch.inference_mode(torch.is_inference_mode_enabled())
-        with _prepared(model, objective, x, extra_args) as (recording, extra_args):
+        with _prepared_for(objective, model, x, extra_args) as (recording, extra_args):
             guided_model = method(model, sigmas, objective, trace, recording, seed)
             arguments["noise_sampler"] = guided_model.noise_sampler(source)
             arguments["callback"] = guided_model.callback(mode(callback) if callback else None)
@@ -173,24 +179,33 @@ def with_function(sampler: comfy.samplers.KSAMPLER, function: Callable[..., Tens
 
 
 @contextlib.contextmanager
-def _prepared(
-    model: Any, objective: Objective, x: Tensor, extra_args: dict[str, Any]
+def prepared(
+    model: Any,
+    x: Tensor,
+    extra_args: dict[str, Any],
+    method: str,
+    remedy: str,
+    gradient: Gradient = "full",
+    checkpointing: bool = False,
+    modules: Sequence[nn.Module] = (),
+    patchers: Sequence[Any] = (),
+    memory: float = 0.0,
 ) -> Iterator[tuple[Recording, dict[str, Any]]]:
-    """All that the run differentiates, loaded and differentiable. Yields `recording` and the arguments of the model."""
+    """All that a run differentiates, loaded and differentiable. Yields `recording` and the arguments of the model.
+
+    method, remedy      whose run it is and what to do instead, for errors
+    modules, patchers   what is differentiated and loaded beside the model
+    memory              bytes that they take
+    """
     base_model, guider = host.base_model(model), host.guider(model)
     options = extra_args.get("model_options", {})
-    fast = objective.gradient == "fast"
+    fast = gradient == "fast"
     if not fast:
-        _refuse_what_has_no_gradient(objective.METHOD, guider, options)
+        _refuse_what_has_no_gradient(method, remedy, guider, options)
 
-    patchers = [guider.model_patcher, *host.additional_models(guider), *objective.loss.patchers]
-    memory = guider.model_patcher.memory_required([2 * x.shape[0], *x.shape[1:]])
-    memory *= 1 if fast else _KEPT[objective.checkpointing]
-    modules: list[nn.Module] = [objective.loss]
-    if objective.decode is not None:
-        patchers.append(objective.decode.patcher)
-        modules.append(objective.decode.module)
-        memory += _KEPT[False] * objective.decode.memory_required(x.shape)
+    patchers = [guider.model_patcher, *host.additional_models(guider), *patchers]
+    calls = guider.model_patcher.memory_required([2 * x.shape[0], *x.shape[1:]])
+    memory += calls * (1 if fast else _KEPT[checkpointing])
     # In one call: a call for the VAE alone could evict the model that is about to run.
     comfy.model_management.load_models_gpu(patchers, memory)
 
@@ -200,15 +215,12 @@ def _prepared(
     if (owner := _owner(wrapper)) is not None:
         holders.append(owner)
     if not fast:
-        modules += host.networks(guider)
+        modules = [*modules, *host.networks(guider)]
         options = host.with_differentiable_attention(options)
-        options = {
-            **options,
-            "model_function_wrapper": _model_calls(objective.METHOD, wrapper),
-        }
+        options = {**options, "model_function_wrapper": _model_calls(method, remedy, wrapper)}
     with differentiable(*modules, holders=holders) as recording:
         conds = guider.conds
-        if objective.gradient == "cond only" and "negative" in conds:
+        if gradient == "cond only" and "negative" in conds:
             guider.conds = {**conds, "negative": _marked_constant(conds["negative"])}
         try:
             yield recording, normal({**extra_args, "model_options": options})
@@ -217,25 +229,39 @@ def _prepared(
             _drop_graphs(owner)
 
 
-def _refuse_what_has_no_gradient(method: str, guider: Any, model_options: dict[str, Any]) -> None:
+def _prepared_for(
+    objective: Objective, model: Any, x: Tensor, extra_args: dict[str, Any]
+) -> contextlib.AbstractContextManager[tuple[Recording, dict[str, Any]]]:
+    modules, patchers, memory = [objective.loss], [*objective.loss.patchers], 0.0
+    if (decode := objective.decode) is not None:
+        modules.append(decode.module)
+        patchers.append(decode.patcher)
+        memory = _KEPT[False] * decode.memory_required(x.shape)
+    return prepared(
+        model,
+        x,
+        extra_args,
+        objective.METHOD,
+        FAST,
+        objective.gradient,
+        objective.checkpointing,
+        modules,
+        patchers,
+        memory,
+    )
+
+
+def _refuse_what_has_no_gradient(method: str, remedy: str, guider: Any, model_options: dict[str, Any]) -> None:
     if "multigpu_clones" in model_options:
         raise RuntimeError(
-            _no_gradient(method, "ComfyUI spreads this model over several GPUs, where it takes no gradients")
+            f"{method}: ComfyUI spreads this model over several GPUs, where it takes no gradients. {remedy}"
         )
     hooks = [cond.get("hooks") for conds in guider.conds.values() for cond in conds or ()]
     if any(hook is not hooks[0] for hook in hooks):
         raise RuntimeError(
-            _no_gradient(
-                method, "the prompts carry different hooks (LoRAs of their own), which rewrite the model's weights"
-            )
+            f"{method}: the prompts carry different hooks (LoRAs of their own), which rewrite the model's weights. "
+            f"{remedy}"
         )
-
-
-def _no_gradient(method: str, why: str) -> str:
-    return (
-        f"{method}: {why}. Set gradient to 'fast', which needs no backward pass through the model, and guides with "
-        "the rest of the workflow as it is."
-    )
 
 
 class GuidedModel:
@@ -363,7 +389,7 @@ class GuidedModel:
             x = x.detach().clone().requires_grad_(not fast)
             denoised = self.wrapped(x, sigma, **extra_args)
             if not fast and not denoised.requires_grad:
-                raise RuntimeError(_no_gradient(self.objective.METHOD, "this model runs without gradients here"))
+                raise RuntimeError(f"{self.objective.METHOD}: this model runs without gradients here. {FAST}")
             loss, gradient = self._noisy_loss(x, sigma, step) if noisy else self._loss(denoised.detach(), step)
             if not fast:
                 # In two steps, the second from a gradient of unit size: half precision would lose a weak loss.
@@ -431,7 +457,7 @@ def _marked_constant(conds: list[dict[str, Any]] | None) -> list[dict[str, Any]]
     return conds and [{**cond, "model_conds": {**cond.get("model_conds", {}), **mark}} for cond in conds]
 
 
-def _model_calls(method: str, wrapper: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
+def _model_calls(method: str, remedy: str, wrapper: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
     """A `model_function_wrapper` around the workflow's own, if it has one.
 
     What is marked constant runs without a graph; what is not must leave one.
@@ -449,7 +475,7 @@ def _model_calls(method: str, wrapper: Callable[..., Tensor] | None) -> Callable
                 _drop_graphs(owner)
                 output = wrapper(apply_model, {**parameters, "c": c})
         if wanted and not output.requires_grad:
-            raise RuntimeError(_no_gradient(method, "this model runs without gradients here"))
+            raise RuntimeError(f"{method}: this model runs without gradients here. {remedy}")
         # A wrapper may return a buffer that it wrote an earlier call's result to, graph and all.
         return output if wanted else output.detach()
 

@@ -399,14 +399,20 @@ def test_a_controlnet_is_differentiated_with_the_model(patcher):
 def test_prompts_with_loras_of_their_own_are_refused_where_the_gradient_would_be_wrong(patcher):
     with pytest.raises(RuntimeError, match=r"different hooks.*'fast'"):
         kernel._refuse_what_has_no_gradient(
-            "DSG Guidance", SimpleNamespace(conds={"positive": [{"hooks": object()}], "negative": [{}]}), {}
+            "DSG Guidance",
+            kernel.FAST,
+            SimpleNamespace(conds={"positive": [{"hooks": object()}], "negative": [{}]}),
+            {},
         )
-    kernel._refuse_what_has_no_gradient("DSG Guidance", SimpleNamespace(conds={"positive": [{}], "negative": [{}]}), {})
+    alike = SimpleNamespace(conds={"positive": [{}], "negative": [{}]})
+    kernel._refuse_what_has_no_gradient("DSG Guidance", kernel.FAST, alike, {})
 
 
 def test_a_model_that_is_spread_over_gpus_is_refused(patcher):
     with pytest.raises(RuntimeError, match=r"several GPUs.*'fast'"):
-        kernel._refuse_what_has_no_gradient("DSG Guidance", SimpleNamespace(conds={}), {"multigpu_clones": {}})
+        kernel._refuse_what_has_no_gradient(
+            "DSG Guidance", kernel.FAST, SimpleNamespace(conds={}), {"multigpu_clones": {}}
+        )
 
 
 def test_half_precision_weights_and_vae(patcher):

@@ -2,7 +2,11 @@
 import { app } from "../../scripts/app.js";
 import { ComfyWidgets } from "../../scripts/widgets.js";
 
-const SHOWN = { SphereGuideReport: "summary", SphereGuideEpsilonScalingCalibrate: "verdict" };
+const SHOWN = {
+  SphereGuideReport: "summary",
+  SphereGuideEpsilonScalingCalibrate: "verdict",
+  SphereGuideAMEDTrain: "said",
+};
 
 app.registerExtension({
   name: "SphereGuide.Report",

@@ -1,0 +1,127 @@
+"""Trains a predictor from a shell, in the folder of the pack:
+
+    python -m samplers.amed --checkpoint FILE --prompt TEXT --out FILE [options]
+    torchrun --nproc_per_node 2 -m samplers.amed …        each process takes its share of each batch
+
+ComfyUI is the checkout that COMFYUI_PATH names, or the one that the pack lies in, or else the package `comfyui`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m samplers.amed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--checkpoint", type=Path, help="a file that Load Checkpoint reads: model and text encoder")
+    model.add_argument("--toy", action="store_true", help="Toy Portraits, which comes with the pack")
+    parser.add_argument("--prompt", action="append", help="several take turns")
+    parser.add_argument("--prompts", type=Path, help="a file with a prompt a line")
+    parser.add_argument("--negative", default="")
+    parser.add_argument("--cfg", type=float, default=7.0)
+    parser.add_argument("--size", type=int, nargs=2, default=(512, 512), metavar=("WIDTH", "HEIGHT"))
+    parser.add_argument("--student", default="ipndm", help="amed, euler, dpm2, ipndm or dpmpp")
+    parser.add_argument("--steps", type=int, default=3, help="of two model calls each")
+    parser.add_argument("--schedule", default="polynomial", help="polynomial, logsnr, time_uniform or discrete")
+    parser.add_argument("--rho", type=float, default=0.0, help="0: the schedule's own")
+    parser.add_argument("--afs", action="store_true")
+    parser.add_argument("--max-order", type=int, default=4)
+    parser.add_argument("--scale-dir", type=float, default=0.01)
+    parser.add_argument("--scale-time", type=float, default=0.2)
+    parser.add_argument("--teacher", default="as published", help="as published, heun, ipndm or dpmpp")
+    parser.add_argument("--teacher-points", type=int, default=3)
+    parser.add_argument("--trajectories", type=int, default=1024)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=5e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpointing", action="store_true", help="less memory, more time")
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--out", type=Path, required=True, help="the safetensors file")
+    return parser.parse_args()
+
+
+def load(options: argparse.Namespace) -> tuple[Any, Any, Any, tuple[int, ...]]:
+    """MODEL, the prompts, the negative one, and the shape of a latent."""
+    import comfy.sample
+    import comfy.sd
+    import torch
+    from sphereguide.demo import toy_portraits
+
+    if options.toy:
+        model, clip, _ = toy_portraits.load()
+    else:
+        model, clip = comfy.sd.load_checkpoint_guess_config(str(options.checkpoint), output_vae=False)[:2]
+    prompts = [*(options.prompt or ()), *(options.prompts.read_text().splitlines() if options.prompts else ())]
+
+    def encode(text: str) -> list[Any]:
+        tokens, pooled = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)
+        return [tokens, {"pooled_output": pooled}]
+
+    width, height = (128, 128) if options.toy else options.size
+    latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros(1, 4, height // 8, width // 8))
+    positive = [encode(text) for text in prompts or [""]]
+    return model, positive, [encode(options.negative)], tuple(latent.shape[1:])
+
+
+def main() -> None:
+    options = arguments()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if "COMFYUI_PATH" not in os.environ and (ROOT.parent.parent / "comfy").is_dir():
+        os.environ["COMFYUI_PATH"] = str(ROOT.parent.parent)  # the pack lies in custom_nodes
+    sys.path.insert(0, str(ROOT / "demo"))
+    from bootstrap import import_host, import_pack
+
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    import torch
+
+    cuda = torch.cuda.is_available() and not options.cpu
+    if cuda:
+        torch.cuda.set_device(rank)  # before ComfyUI looks for its own
+    import_host(cpu=options.cpu)
+    import_pack()
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+
+    import comfy.samplers
+    from sphereguide.samplers.amed import predictor, training
+
+    with torch.inference_mode():
+        model, positive, negative, shape = load(options)
+        names = ("student", "steps", "schedule", "rho", "afs", "max_order", "scale_dir", "scale_time", "cfg")
+        settings = training.settings_for(
+            model, options.teacher, options.teacher_points, **{name: getattr(options, name) for name in names}
+        )
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_cfg(options.cfg)
+        plan = training.Plan(
+            options.trajectories,
+            options.epochs,
+            options.batch_size,
+            options.learning_rate,
+            options.seed,
+            options.checkpointing,
+        )
+        kept = options.out.with_suffix(".training.safetensors")
+        best, history = training.train(guider, (positive, negative), shape, settings, plan, kept, training.Progress.log)
+    if rank == 0:
+        predictor.save(best, options.out)
+        print("losses", *(f"{sum(losses):.9g}" for losses in history.losses))
+        print(best.about())
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

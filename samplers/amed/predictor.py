@@ -1,0 +1,229 @@
+"""The network that chooses for AMED's students, and its file."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .students import ORDERS, Choice
+
+__all__ = [
+    "BOTTLENECK",
+    "AMEDPredictor",
+    "AMEDSettings",
+    "PredictorNetwork",
+    "fingerprint",
+    "load",
+    "read",
+    "save",
+    "write",
+]
+
+BOTTLENECK = 8
+"""Height and width of the bottleneck that a predictor reads."""
+FORMAT = "SphereGuide AMED predictor"
+TRAINING = "training."
+"""What the names of the tensors of a training begin with."""
+
+
+class PredictorNetwork(nn.Module):
+    """r, scale_dir and scale_time of an interval (arXiv 2312.00094, section 3.4): 8 971 parameters.
+
+    The channel mean of the U-Net's bottleneck at t passes 64 → 128 → 4, t and t_next an embedding of 8 and a layer that
+    they share; each of the three is read off the 20 values by a layer of its own.
+
+        r = sigmoid(·),    scale = 2s·sigmoid(·) + 1 − s    in 1 ± s; s is `scale_dir` or `scale_time`
+    """
+
+    WIDTH = 8
+
+    def __init__(self, scale_dir: float, scale_time: float) -> None:
+        super().__init__()
+        self.scale_dir, self.scale_time = scale_dir, scale_time
+        self.bottleneck = nn.Sequential(nn.Linear(BOTTLENECK**2, 128), nn.SiLU(), nn.Linear(128, 4))
+        self.time = nn.Linear(self.WIDTH, self.WIDTH)
+        self.heads = nn.ModuleDict({name: nn.Linear(4 + 2 * self.WIDTH, 1) for name in ("r", "dir", "time")})
+
+    def forward(self, features: Tensor, t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For features `[B, 64]` and times `[B]`: three of `[B]`. Half of a batch in any order gives the same."""
+        times = [F.silu(self.time(self._embedding(value))) for value in (t, t_next)]
+        seen = torch.cat([self.bottleneck(features), *times], 1)
+        r, direction, time = (torch.sigmoid(head(seen)[:, 0]) for head in self.heads.values())
+        return r, *(2 * s * v + 1 - s for s, v in ((self.scale_dir, direction), (self.scale_time, time)))
+
+    def _embedding(self, t: Tensor) -> Tensor:
+        """sin and cos of t·ω, `[B, 8]`, with frequencies from 1 to 1e-4."""
+        half = self.WIDTH // 2
+        frequencies = torch.logspace(0, -4, half, device=t.device, dtype=t.dtype)
+        phases = t[:, None] * frequencies
+        return torch.cat([phases.sin(), phases.cos()], 1)
+
+
+@dataclass(frozen=True)
+class AMEDSettings:
+    """What a predictor was trained for, and how: all that sampling needs.
+
+    student      one of `students.STUDENTS`
+    schedule, rho, sigmas   the time points, falling; the last is above 0. `steps` + 1 of them
+    afs          the first direction is x/√(1 + t²), without a model call
+    max_order    of the student's solver
+    scale_dir, scale_time   by how much the scales may be off 1
+    teacher, teacher_points   its solver, and the points that it has between two of the student's
+    cfg          of the training
+    model_hash   `fingerprint` of the model; empty for unknown
+    midpoints    the mean t_mid of each interval, along trajectories that training did not see
+    error, student_error   endpoint RMSE to the teacher there, and that of the student alone
+    trajectories   how many it was trained on
+    """
+
+    student: str
+    schedule: str
+    rho: float
+    sigmas: tuple[float, ...]
+    afs: bool = False
+    max_order: int = 1
+    scale_dir: float = 0.01
+    scale_time: float = 0.0
+    teacher: str = "heun"
+    teacher_points: int = 1
+    cfg: float = 1.0
+    model_hash: str = ""
+    midpoints: tuple[float, ...] = ()
+    error: float = math.nan
+    student_error: float = math.nan
+    trajectories: int = 0
+
+    def __post_init__(self) -> None:
+        if self.student not in ORDERS:
+            raise ValueError(f"there is no student '{self.student}'; there are {', '.join(ORDERS)}")
+        if not 1 <= self.max_order <= ORDERS[self.student]:
+            raise ValueError(f"the order of {self.student} is 1 to {ORDERS[self.student]}, and not {self.max_order}")
+        falling = all(b < a for a, b in itertools.pairwise(self.sigmas))
+        if len(self.sigmas) < 2 or not falling or self.sigmas[-1] <= 0 or not math.isfinite(self.sigmas[0]):
+            raise ValueError(f"the sigmas {self.sigmas} do not fall to a last one above 0")
+        if not (0 <= self.scale_dir < 1 and 0 <= self.scale_time < 1):
+            raise ValueError(f"scales may be off 1 by 0 to 1, and not by {self.scale_dir} and {self.scale_time}")
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas) - 1
+
+    @property
+    def nfe(self) -> int:
+        """Model calls; CFG doubles each."""
+        return 2 * self.steps - self.afs
+
+
+@dataclass(frozen=True)
+class AMEDPredictor:
+    """The content of an AMED_PREDICTOR socket: a network, on the CPU and frozen, and what it is for."""
+
+    network: PredictorNetwork
+    settings: AMEDSettings = field(compare=False)
+
+    @classmethod
+    def untrained(cls, settings: AMEDSettings, seed: int = 0) -> AMEDPredictor:
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(PredictorNetwork(settings.scale_dir, settings.scale_time).requires_grad_(False), settings)
+
+    def __call__(self, features: Tensor, t: Tensor, t_next: Tensor) -> Choice:
+        """The choice for features `[B, 64]` and times `[B]`, on the device of the times."""
+        device = self.network.time.weight.device
+        chosen = self.network(features.to(device), t.to(device), t_next.to(device))
+        return Choice(*(value.to(t.device) for value in chosen))
+
+    def about(self) -> str:
+        """One line for a person."""
+        s = self.settings
+        error = f", error {s.error:.3g} ({s.error / s.student_error:.0%} of {s.student}'s own)" if s.error > 0 else ""
+        return f"{s.student}, {s.nfe} model calls, cfg {s.cfg:g}, {s.trajectories} trajectories{error}"
+
+
+def save(predictor: AMEDPredictor, path: Path) -> None:
+    """As safetensors, the settings in its header."""
+    write(predictor, path, {}, {})
+
+
+def write(predictor: AMEDPredictor, path: Path, training: dict[str, Tensor], header: dict[str, Any]) -> None:
+    """The same, with what a training goes on from. In one move: a reader never sees half of a file."""
+    weights = {name: value.detach().cpu().contiguous() for name, value in predictor.network.state_dict().items()}
+    state = {TRAINING + name: value.cpu().contiguous() for name, value in training.items()}
+    metadata = {"format": FORMAT, "settings": json.dumps(asdict(predictor.settings)), "training": json.dumps(header)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file({**weights, **state}, part, metadata)
+    part.replace(path)
+
+
+def load(path: Path, title: str = "Load AMED Predictor") -> AMEDPredictor:
+    """The predictor in a file of `save`, or the best so far of a training.
+
+    Raises ValueError, for the node of that title, for a file that is damaged or something else.
+    """
+    weights, metadata = _open(path, title)
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{title}: {path} is no predictor of Train AMED Predictor. The authors' own are not read.")
+    weights = {name: value for name, value in weights.items() if not name.startswith(TRAINING)}
+    try:
+        predictor = AMEDPredictor.untrained(settings_of(json.loads(metadata["settings"])))
+        with torch.inference_mode(False):
+            predictor.network.load_state_dict(weights)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{title}: {path} does not fit this version of SphereGuide. ({error})") from error
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise ValueError(f"{title}: {path} holds numbers that are not finite. Train it anew, at a lower learning rate.")
+    return predictor
+
+
+def read(path: Path, title: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write` was given for a training."""
+    tensors, metadata = _open(path, title)
+    state = {name.removeprefix(TRAINING): value for name, value in tensors.items() if name.startswith(TRAINING)}
+    return state, json.loads(metadata.get("training", "{}"))
+
+
+def _open(path: Path, title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{title}: {path} can't be read, it may be damaged or cut short. ({error})") from error
+
+
+def settings_of(values: dict[str, Any]) -> AMEDSettings:
+    """From JSON. Raises TypeError or ValueError for what is missing, of another type, or not known."""
+    kinds = {entry.name: entry.type for entry in fields(AMEDSettings)}
+    if unknown := values.keys() - kinds.keys():
+        raise ValueError(f"it has settings that are not known here: {', '.join(sorted(unknown))}")
+    read = {"str": str, "float": float, "int": int, "bool": bool, "tuple[float, ...]": lambda v: tuple(map(float, v))}
+    return AMEDSettings(**{name: read[str(kinds[name])](value) for name, value in values.items()})
+
+
+def fingerprint(patcher: Any) -> str:
+    """A hash of a MODEL: names, shapes and some values of its weights, and what patches them.
+
+    Another precision is another model; a LoRA counts by what it patches and how strongly.
+    """
+    sha = hashlib.sha256()
+    for name, weight in sorted(patcher.model.diffusion_model.state_dict().items()):
+        unpatched = patcher.backup.get(f"diffusion_model.{name}", weight)
+        weight = getattr(unpatched, "weight", unpatched)
+        sha.update(f"{name} {tuple(weight.shape)}".encode())
+        if type(weight) in (Tensor, nn.Parameter) and weight.device.type != "meta" and weight.numel():
+            some = weight.detach().reshape(-1)[:: max(1, weight.numel() // 16)]
+            sha.update(some.float().cpu().numpy().tobytes())
+    for name, patches in sorted(patcher.patches.items(), key=lambda item: str(item[0])):
+        sha.update(f"{name} {[patch[0] for patch in patches]}".encode())
+    return sha.hexdigest()[:16]

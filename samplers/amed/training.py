@@ -1,0 +1,475 @@
+"""The distillation that trains a predictor (arXiv 2312.00094, algorithm 1).
+
+A teacher with `teacher_points` more points in each interval gives the state at each time point. At each of them the
+predictor takes a step of Adam on the squared distance between its student's state and the teacher's: a student of one
+step begins each interval at the teacher's state, one of several steps goes on from its own. The last state is taken on
+to sigma 0, where ComfyUI's samplers end: the teacher's with a model call, the student's along its last direction.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import torch
+from torch import Tensor, distributed, nn
+
+from ... import host
+from ..kernel import noise_of, per_sample, prepared
+from .bottleneck import watched
+from .predictor import AMEDPredictor, AMEDSettings, fingerprint, load, read, write
+from .sampling import base_sigmas, intervals, look, sampled
+from .schedules import RHO, time_points
+from .students import ORDERS, AdamsBashforth, Choice, DPMSolverPP, Solver, Student, classical, heun
+
+__all__ = ["PUBLISHED", "TEACHERS", "History", "Plan", "Progress", "settings_for", "teacher_states", "train"]
+
+log = logging.getLogger("sphereguide")
+
+TITLE = "Train AMED Predictor"
+REMEDY = "Train with a workflow that has none of it."
+TEACHERS = ("heun", "ipndm", "dpmpp")
+PUBLISHED = "as published"
+"""The authors' teacher: Heun with one point more, of ipndm and dpmpp themselves with two."""
+EVERY = 10
+"""Iterations between two looks at trajectories that are not trained on."""
+SAVE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and with what to train.
+
+    trajectories    how many different noises; 10 000 in the paper, 5 000 for Stable Diffusion
+    epochs          passes over them; with several, the teacher's states are kept in memory
+    batch_size      trajectories a step of Adam
+    """
+
+    trajectories: int = 1024
+    epochs: int = 1
+    batch_size: int = 16
+    learning_rate: float = 5e-3
+    seed: int = 0
+    checkpointing: bool = False
+
+    @property
+    def iterations(self) -> int:
+        return self.epochs * max(1, self.trajectories // self.batch_size)
+
+
+@dataclass
+class History:
+    """What happened so far.
+
+    losses    of each iteration, the mean squared distance at each time point
+    errors    `(iteration, endpoint RMSE)` on trajectories that are not trained on
+    student_error   the same of the student without a predictor
+    """
+
+    losses: list[list[float]] = field(default_factory=list)
+    errors: list[tuple[int, float]] = field(default_factory=list)
+    student_error: float = math.nan
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Told after each iteration. `latents`: the student's latest, `[B, …]`."""
+
+    iteration: int
+    iterations: int
+    history: History
+    seconds_left: float
+    latents: Tensor
+
+    def __str__(self) -> str:
+        minutes, seconds = divmod(round(self.seconds_left), 60)
+        (_, error), student = self.history.errors[-1], self.history.student_error
+        return (
+            f"loss {sum(self.history.losses[-1]):.4g}   {minutes}:{seconds:02} left\n"
+            f"error {error:.4g}, {error / student:.0%} of the student's"
+        )
+
+    def log(self) -> None:
+        if self.iteration % EVERY == 0 or self.iteration == self.iterations:
+            text = str(self).replace("\n", "   ")
+            log.info("%s: %d of %d   %s", TITLE, self.iteration, self.iterations, text)
+
+
+def settings_for(
+    patcher: Any,
+    teacher: str,
+    teacher_points: int,
+    *,
+    student: str,
+    steps: int,
+    schedule: str,
+    rho: float,
+    max_order: int,
+    **given: Any,
+) -> AMEDSettings:
+    """Settings of a predictor for a MODEL, between its sigmas.
+
+    teacher     one of TEACHERS, or "as published", which has points of its own
+    rho         0 for that of the schedule
+    max_order   at most; a solver has an order of its own
+
+    Raises ValueError for a schedule that does not fall, and for what else `AMEDSettings` and `time_points` refuse.
+    """
+    if teacher == PUBLISHED:
+        teacher, teacher_points = (student, 2) if student in TEACHERS else ("heun", 1)
+    sampling = patcher.get_model_object("model_sampling")
+    rho = rho or RHO.get(schedule, 1.0)
+    points = time_points(sampling, schedule, steps, rho, float(sampling.sigma_min), float(sampling.sigma_max))
+    return AMEDSettings(
+        student,
+        schedule,
+        rho,
+        tuple(points),
+        max_order=min(max_order, ORDERS.get(student, max_order)),
+        teacher=teacher,
+        teacher_points=teacher_points,
+        model_hash=fingerprint(patcher),
+        **given,
+    )
+
+
+def train(
+    guider: Any,
+    prompts: tuple[Any, Any],
+    shape: tuple[int, ...],
+    settings: AMEDSettings,
+    plan: Plan,
+    kept: Path | None = None,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> tuple[AMEDPredictor, History]:
+    """The predictor that did best on trajectories that it was not trained on.
+
+    guider      of the model, with its cfg; its prompts are those of `prompts`
+    prompts     positive and negative CONDITIONING; of several entries trajectory i takes entry i mod n
+    shape       of one latent, without the batch
+    kept        a file for what was reached: a run that was stopped goes on from it, if its settings are the same
+
+    In a process group (`torch.distributed`) each process takes its share of each batch. Raises ValueError for prompts
+    that can't share a batch and for plans without a step, RuntimeError where the loss is not finite or the model has no
+    gradient; ComfyUI's InterruptProcessingException passes through, and leaves `kept` behind.
+    """
+    return _Training(guider, prompts, shape, settings, plan, kept, progress).run()
+
+
+class _Training:
+    def __init__(
+        self,
+        guider: Any,
+        prompts: tuple[Any, Any],
+        shape: tuple[int, ...],
+        settings: AMEDSettings,
+        plan: Plan,
+        kept: Path | None,
+        progress: Callable[[Progress], None],
+    ) -> None:
+        together = distributed.is_available() and distributed.is_initialized()
+        self.rank, self.world = (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
+        if plan.trajectories < plan.batch_size or plan.epochs < 1 or plan.batch_size % self.world:
+            raise ValueError(
+                f"{TITLE}: {plan.trajectories} trajectories in batches of {plan.batch_size}, {plan.epochs} times, by "
+                f"{self.world} processes: there must be a batch at least, and each process must have an equal part."
+            )
+        self.guider, self.prompts, self.shape, self.plan = guider, prompts, shape, plan
+        self.settings, self.kept, self.progress = settings, kept, progress
+        self.sigmas = base_sigmas(AMEDPredictor.untrained(settings))
+        self.history, self.iteration = History(), 0
+        self.mutation = False
+        self.teacher_cache: dict[tuple[int, int], list[Tensor]] = {}
+        with torch.inference_mode(False):
+            self.predictor = AMEDPredictor.untrained(settings, plan.seed)
+            self.best = AMEDPredictor.untrained(settings, plan.seed)
+            network = self.predictor.network.requires_grad_(True)
+            self.optimizer = torch.optim.Adam(network.parameters(), lr=plan.learning_rate, betas=(0.9, 0.999))
+            self.network = nn.parallel.DistributedDataParallel(network) if self.world > 1 else network
+
+    # -- the loop
+
+    def run(self) -> tuple[AMEDPredictor, History]:
+        self._resume()
+        started, first, saved = time.monotonic(), self.iteration, time.monotonic()
+        try:
+            if not self.history.errors:
+                self._judge()
+            while self.iteration < self.plan.iterations:
+                losses, latents = self._iterate(self._batch(self.iteration))
+                self.history.losses.append(losses)
+                self.iteration += 1
+                if self.iteration % EVERY == 0 or self.iteration == self.plan.iterations:
+                    self._judge()
+                passed = time.monotonic() - started
+                left = passed / (self.iteration - first) * (self.plan.iterations - self.iteration)
+                self.progress(Progress(self.iteration, self.plan.iterations, self.history, left, latents))
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    self._keep()
+                    saved = time.monotonic()
+        finally:
+            if self.history.errors:
+                self._keep()
+        return self._result(), self.history
+
+    def _result(self) -> AMEDPredictor:
+        trained = min(self.iteration * self.plan.batch_size, self.plan.trajectories)
+        return replace(self.best, settings=replace(self.best.settings, trajectories=trained))
+
+    def _batch(self, iteration: int) -> list[int]:
+        """Which trajectories: each once an epoch, in an order of its own; of those this process's part."""
+        each = self.plan.iterations // self.plan.epochs
+        epoch, place = divmod(iteration, each)
+        generator = torch.Generator().manual_seed(self.plan.seed * 1000 + epoch)
+        order = torch.randperm(each * self.plan.batch_size, generator=generator).tolist()
+        return order[place * self.plan.batch_size : (place + 1) * self.plan.batch_size][self.rank :: self.world]
+
+    def _iterate(self, batch: list[int]) -> tuple[list[float], Tensor]:
+        """The loss at each time point, and the student's latents."""
+        try:
+            losses, latents = self._run(0, batch, self._learn)
+        except RuntimeError as error:
+            if self.mutation or "inplace operation" not in str(error):
+                raise
+            self.mutation = True  # something in the workflow overwrites what autograd needs: slower, but works
+            losses, latents = self._run(0, batch, self._learn)
+        return [self._mean(loss) for loss in losses], latents
+
+    def _run(self, stage: int, batch: list[int], function: Callable[..., Any]) -> Any:
+        """`function(model, x, extra_args, recording, targets)` where a sampler would run, on noises of the stage."""
+        noise = torch.stack([noise_of(self.shape, self.plan.seed, stage, i) for i in batch])
+        self.guider.set_conds(*(_of_samples(conditioning, batch) for conditioning in self.prompts))
+        result = []
+
+        def sample(
+            model: Any, x: Tensor, sigmas: Tensor, extra_args: Any, callback: Any = None, disable: Any = None
+        ) -> Tensor:
+            options = (TITLE, REMEDY, "full", self.plan.checkpointing)
+            with prepared(model, x, extra_args, *options) as (recording, extra_args):
+                x = x.clone()  # no inference tensor, out here
+                targets = self._targets(stage, batch, model, x, extra_args)
+                result.append(function(model, x, extra_args, recording, targets))
+            return x
+
+        latent = torch.zeros_like(noise)
+        self.guider.sample(noise, latent, host.Probe(sample), self.sigmas, disable_pbar=True, seed=self.plan.seed)
+        return result[0]
+
+    def _targets(self, stage: int, batch: list[int], model: Any, x: Tensor, extra_args: Any) -> list[Tensor]:
+        keys = [(stage, i) for i in batch]
+        if not all(key in self.teacher_cache for key in keys):
+            states = teacher_states(self.settings, model, x, extra_args)
+            if self.plan.epochs == 1 and stage == 0:
+                return states
+            for i, key in enumerate(keys):
+                self.teacher_cache[key] = [state[i].cpu() for state in states]
+        kept = [self.teacher_cache[key] for key in keys]
+        return [torch.stack(states).to(x) for states in zip(*kept, strict=True)]
+
+    def _learn(
+        self, model: Any, x: Tensor, extra_args: Any, recording: Any, targets: list[Tensor]
+    ) -> tuple[list[float], Tensor]:
+        settings, losses = self.settings, []
+        steps = intervals(self.sigmas.tolist(), self.predictor)
+        student = Student(settings.student, settings.max_order, len(steps))
+        base_model = host.base_model(model)
+        checkpointed = base_model.diffusion_model if self.plan.checkpointing else None
+        with (
+            watched(base_model.diffusion_model, extra_args.get("model_options", {})) as (bottleneck, options),
+            _smooth_timesteps(base_model.model_sampling),
+        ):
+            ask = functools.partial(model, **{**extra_args, "model_options": options})
+            for i, (step, target) in enumerate(zip(steps, targets, strict=True)):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                t, t_next = (x.new_full((len(x),), value, dtype=torch.float32) for value in (step.t, step.t_next))
+                denoised, features = look(base_model, bottleneck, ask, x, t, settings.afs and i == 0)
+                with recording(self.mutation, checkpointed):
+                    choice = Choice(*(v.to(x.device) for v in self.network(features.cpu(), t.cpu(), t_next.cpu())))
+                    x, d_mid = student.advance(x, t, t_next, choice, denoised, ask)
+                    if step.last:
+                        x = x - per_sample(t_next, x) * d_mid
+                    loss = (x - target).square().mean()
+                    if not loss.requires_grad:
+                        raise RuntimeError(f"{TITLE}: this model runs without gradients here. {REMEDY}")
+                    self.optimizer.zero_grad()
+                    loss.backward()
+                self._step(float(loss), step.t)
+                losses.append(float(loss))
+                x = x.detach() if student.solver is not None else target
+        return losses, x
+
+    def _step(self, loss: float, sigma: float) -> None:
+        gradients = [parameter.grad for parameter in self.predictor.network.parameters()]
+        if not math.isfinite(loss) or not all(gradient.isfinite().all() for gradient in gradients):
+            raise RuntimeError(
+                f"{TITLE}: the loss at sigma {sigma:.3g} or its gradient is not finite (loss {loss:g}). Look at what "
+                "the model gives with the same prompts and cfg in a KSampler; run it in fp32 or bf16 if that is black."
+            )
+        self.optimizer.step()
+
+    # -- what it is judged by
+
+    def _judge(self) -> None:
+        """Endpoint RMSE on trajectories that are not trained on; keeps the predictor if it is the best."""
+        mine = list(range(self.plan.batch_size))[self.rank :: self.world]
+        predictor = AMEDPredictor(self.predictor.network, self.settings)
+        if not self.history.errors:
+            self.history.student_error, _ = self._run(1, mine, functools.partial(self._error, predictor, None))
+        error, midpoints = self._run(1, mine, functools.partial(self._error, predictor, predictor))
+        if not self.history.errors or error < min(e for _, e in self.history.errors):
+            with torch.inference_mode(False):
+                self.best.network.load_state_dict(self.predictor.network.state_dict())
+            changed = {"error": error, "student_error": self.history.student_error, "midpoints": midpoints}
+            self.best = replace(self.best, settings=replace(self.settings, **changed))
+        self.history.errors.append((self.iteration, error))
+
+    def _error(
+        self,
+        predictor: AMEDPredictor,
+        chooser: Callable[..., Choice] | None,
+        model: Any,
+        x: Tensor,
+        extra_args: Any,
+        recording: Any,
+        targets: list[Tensor],
+    ) -> tuple[float, tuple[float, ...]]:
+        """RMSE of the latents, and the mean t_mid of each interval; without a chooser those of the student alone."""
+        middles = []
+
+        def choose(features: Tensor, t: Tensor, t_next: Tensor) -> Choice:
+            choice = chooser(features, t, t_next) if chooser is not None else classical(x)
+            middles.append(self._mean(float(choice.middle(t, t_next).mean())))
+            return choice
+
+        latents = sampled(predictor, choose, model, x, self.sigmas, extra_args)
+        return math.sqrt(self._mean(float((latents - targets[-1]).square().mean()))), tuple(middles)
+
+    def _mean(self, value: float) -> float:
+        """Over the processes."""
+        if self.world == 1:
+            return value
+        device = "cpu" if distributed.get_backend() == "gloo" else torch.device("cuda")
+        total = torch.tensor(value, dtype=torch.float64, device=device)
+        distributed.all_reduce(total)
+        return float(total) / self.world
+
+    # -- what stays when it is stopped
+
+    def _keep(self) -> None:
+        if self.kept is None or self.rank > 0:
+            return
+        state = {f"network.{name}": value for name, value in self.predictor.network.state_dict().items()}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            state |= {f"adam.{i}.{name}": value for name, value in moments.items()}
+        header = {"plan": asdict(self.plan), "iteration": self.iteration, "history": asdict(self.history)}
+        write(self._result(), self.kept, {name: value.detach().clone() for name, value in state.items()}, header)
+
+    def _resume(self) -> None:
+        if self.kept is None or not self.kept.exists():
+            return
+        best = load(self.kept, TITLE)
+        state, header = read(self.kept, TITLE)
+        results = ("midpoints", "error", "student_error", "trajectories")
+        same = [replace(s, **{name: getattr(self.settings, name) for name in results}) for s in (best.settings,)]
+        if same[0] != self.settings or header.get("plan") != asdict(self.plan):
+            log.warning("%s: %s is of a training with other settings, and is begun anew.", TITLE, self.kept.name)
+            return
+        self.best, self.iteration = best, header["iteration"]
+        history = header["history"]
+        errors = [(int(i), float(error)) for i, error in history["errors"]]
+        self.history = History(history["losses"], errors, history["student_error"])
+        with torch.inference_mode(False):
+            network = {name[8:]: value for name, value in state.items() if name.startswith("network.")}
+            self.predictor.network.load_state_dict(network)
+            moments: dict[int, dict[str, Tensor]] = {}
+            for name, value in state.items():
+                if name.startswith("adam."):
+                    _, i, what = name.split(".")
+                    moments.setdefault(int(i), {})[what] = value
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        log.info("%s: goes on at iteration %d of %d.", TITLE, self.iteration, self.plan.iterations)
+
+
+def teacher_states(settings: AMEDSettings, model: Any, x: Tensor, extra_args: dict[str, Any]) -> list[Tensor]:
+    """The teacher's states `[B, …]` at the time points after the first, for x at the first; the last at sigma 0."""
+    per = settings.teacher_points + 1
+    sampling = host.base_model(model).model_sampling
+    ends = (settings.sigmas[-1], settings.sigmas[0])
+    fine = time_points(sampling, settings.schedule, settings.steps * per, settings.rho, *ends)
+    ask = functools.partial(model, **extra_args)
+    solver: Solver | None = None
+    if settings.teacher != "heun":
+        solver = AdamsBashforth(4) if settings.teacher == "ipndm" else DPMSolverPP(3, settings.steps * per)
+    states = []
+    with torch.no_grad():
+        for i, (sigma, sigma_next) in enumerate(itertools.pairwise(fine), 1):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            t, t_next = (x.new_full((len(x),), value, dtype=torch.float32) for value in (sigma, sigma_next))
+            x = heun(x, t, t_next, ask) if solver is None else solver.advance(x, t, t_next, ask(x, t))
+            if i % per == 0:
+                states.append(x)
+        states[-1] = ask(x, t_next)
+    return states
+
+
+def _of_samples(conditioning: Any, batch: list[int]) -> Any:
+    """The CONDITIONING in which sample k has the prompt of trajectory `batch[k]`.
+
+    Raises ValueError for prompts that can't share a batch.
+    """
+    if len(conditioning) < 2:
+        return conditioning
+    chosen = [conditioning[i % len(conditioning)] for i in batch]
+    longest = math.lcm(*(tokens.shape[1] for tokens, _ in chosen))
+    # Repeated tokens change nothing for attention: ComfyUI itself brings prompts to one length so.
+    tokens = torch.cat([tokens.repeat(1, longest // tokens.shape[1], 1) for tokens, _ in chosen])
+    options: dict[str, Any] = {}
+    for name, first in chosen[0][1].items():
+        values = [entry.get(name) for _, entry in chosen]
+        if isinstance(first, Tensor) and all(isinstance(v, Tensor) and v.shape == first.shape for v in values):
+            options[name] = torch.cat(values)
+        elif all(type(value) is type(first) and value == first for value in values if not isinstance(value, Tensor)):
+            options[name] = first
+        else:
+            raise ValueError(
+                f"{TITLE}: the prompts differ in '{name}', and can't share a batch. Combine prompts of the same kind, "
+                "without areas, masks or ControlNets of their own."
+            )
+    if any(entry.keys() != options.keys() for _, entry in chosen):
+        raise ValueError(f"{TITLE}: the prompts are of different kinds, and can't share a batch.")
+    return [[tokens, options]]
+
+
+@contextlib.contextmanager
+def _smooth_timesteps(sampling: Any) -> Iterator[None]:
+    """Within the block the model's timestep has a gradient with respect to sigma.
+
+    Models with discrete noise levels round it to whole steps. Its value stays as they see it while sampling; its slope
+    is that over a tenth of log sigma on both sides.
+    """
+    rounded, own = sampling.timestep, vars(sampling).get("timestep")
+
+    def timestep(sigma: Tensor) -> Tensor:
+        value = rounded(sigma)
+        if not sigma.requires_grad or value.requires_grad:
+            return value
+        width, log_sigma = 0.1, sigma.log()
+        above, below = (rounded(sigma.detach() * math.exp(side)) for side in (width, -width))
+        return value + (above - below) / (2 * width) * (log_sigma - log_sigma.detach())
+
+    sampling.timestep = timestep
+    try:
+        yield
+    finally:
+        del sampling.timestep
+        if own is not None:
+            sampling.timestep = own
