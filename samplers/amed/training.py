@@ -40,8 +40,8 @@ REMEDY = "Train with a workflow that has none of it."
 TEACHERS = ("heun", "ipndm", "dpmpp")
 PUBLISHED = "as published"
 """The authors' teacher: Heun with one point more, of ipndm and dpmpp themselves with two."""
-EVERY = 10
-"""Iterations between two looks at trajectories that are not trained on."""
+JUDGED = 64
+"""Trajectories that are not trained on, by which the best predictor is known."""
 SAVE_SECONDS = 60.0
 
 
@@ -64,6 +64,11 @@ class Plan:
     @property
     def iterations(self) -> int:
         return self.epochs * max(1, self.trajectories // self.batch_size)
+
+    @property
+    def looks(self) -> int:
+        """Iterations between two looks at trajectories that are not trained on."""
+        return max(10, self.iterations // 10)
 
 
 @dataclass
@@ -99,7 +104,7 @@ class Progress:
         )
 
     def log(self) -> None:
-        if self.iteration % EVERY == 0 or self.iteration == self.iterations:
+        if self.iteration % 10 == 0 or self.iteration == self.iterations:
             text = str(self).replace("\n", "   ")
             log.info("%s: %d of %d   %s", TITLE, self.iteration, self.iterations, text)
 
@@ -208,7 +213,7 @@ class _Training:
                 losses, latents = self._iterate(self._batch(self.iteration))
                 self.history.losses.append(losses)
                 self.iteration += 1
-                if self.iteration % EVERY == 0 or self.iteration == self.plan.iterations:
+                if self.iteration % self.plan.looks == 0 or self.iteration == self.plan.iterations:
                     self._judge()
                 passed = time.monotonic() - started
                 left = passed / (self.iteration - first) * (self.plan.iterations - self.iteration)
@@ -314,17 +319,19 @@ class _Training:
                 f"{TITLE}: the loss at sigma {sigma:.3g} or its gradient is not finite (loss {loss:g}). Look at what "
                 "the model gives with the same prompts and cfg in a KSampler; run it in fp32 or bf16 if that is black."
             )
+        # Falls to 0 as a cosine: at a constant rate the noise of small batches stays in the choices.
+        way = self.iteration / self.plan.iterations
+        self.optimizer.param_groups[0]["lr"] = self.plan.learning_rate * (1 + math.cos(math.pi * way)) / 2
         self.optimizer.step()
 
     # -- what it is judged by
 
     def _judge(self) -> None:
         """Endpoint RMSE on trajectories that are not trained on; keeps the predictor if it is the best."""
-        mine = list(range(self.plan.batch_size))[self.rank :: self.world]
         predictor = AMEDPredictor(self.predictor.network, self.settings)
         if not self.history.errors:
-            self.history.student_error, _ = self._run(1, mine, functools.partial(self._error, predictor, None))
-        error, midpoints = self._run(1, mine, functools.partial(self._error, predictor, predictor))
+            self.history.student_error, _ = self._error(predictor, None)
+        error, midpoints = self._error(predictor, predictor)
         if not self.history.errors or error < min(e for _, e in self.history.errors):
             with torch.inference_mode(False):
                 self.best.network.load_state_dict(self.predictor.network.state_dict())
@@ -333,25 +340,26 @@ class _Training:
         self.history.errors.append((self.iteration, error))
 
     def _error(
-        self,
-        predictor: AMEDPredictor,
-        chooser: Callable[..., Choice] | None,
-        model: Any,
-        x: Tensor,
-        extra_args: Any,
-        recording: Any,
-        targets: list[Tensor],
+        self, predictor: AMEDPredictor, chooser: Callable[..., Choice] | None
     ) -> tuple[float, tuple[float, ...]]:
         """RMSE of the latents, and the mean t_mid of each interval; without a chooser those of the student alone."""
-        middles = []
+        mine = list(range(JUDGED))[self.rank :: self.world]
+        squares, middles = [], []
 
-        def choose(features: Tensor, t: Tensor, t_next: Tensor) -> Choice:
-            choice = chooser(features, t, t_next) if chooser is not None else classical(x)
-            middles.append(self._mean(float(choice.middle(t, t_next).mean())))
-            return choice
+        def function(model: Any, x: Tensor, extra_args: Any, recording: Any, targets: list[Tensor]) -> None:
+            def choose(features: Tensor, t: Tensor, t_next: Tensor) -> Choice:
+                choice = chooser(features, t, t_next) if chooser is not None else classical(x)
+                middles.append(choice.middle(t, t_next))
+                return choice
 
-        latents = sampled(predictor, choose, model, x, self.sigmas, extra_args)
-        return math.sqrt(self._mean(float((latents - targets[-1]).square().mean()))), tuple(middles)
+            latents = sampled(predictor, choose, model, x, self.sigmas, extra_args)
+            squares.append((latents - targets[-1]).square().flatten(1).mean(1))
+
+        for start in range(0, len(mine), self.plan.batch_size):
+            self._run(1, mine[start : start + self.plan.batch_size], function)
+        each = [torch.cat(middles[i :: self.settings.steps]) for i in range(self.settings.steps)]
+        means = tuple(self._mean(float(middle.mean())) for middle in each)
+        return math.sqrt(self._mean(float(torch.cat(squares).mean()))), means
 
     def _mean(self, value: float) -> float:
         """Over the processes."""
@@ -394,7 +402,7 @@ class _Training:
             for name, value in state.items():
                 if name.startswith("adam."):
                     _, i, what = name.split(".")
-                    moments.setdefault(int(i), {})[what] = value
+                    moments.setdefault(int(i), {})[what] = value.clone()  # no inference tensor, out here
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         log.info("%s: goes on at iteration %d of %d.", TITLE, self.iteration, self.plan.iterations)
 

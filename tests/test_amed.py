@@ -1,0 +1,894 @@
+"""AMED: its students, predictor, schedules, sampler and training, on models whose answers are known."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.samplers
+import gaussian_mixture
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from bootstrap import ROOT
+from safetensors.torch import save_file
+from sphereguide import host
+from sphereguide.nodes import amed as nodes
+from sphereguide.samplers.amed import predictor as files
+from sphereguide.samplers.amed import training
+from sphereguide.samplers.amed.bottleneck import watched
+from sphereguide.samplers.amed.predictor import AMEDPredictor, AMEDSettings, PredictorNetwork, fingerprint
+from sphereguide.samplers.amed.sampling import amed_sampler, base_sigmas, expanded_sigmas, intervals, mismatches
+from sphereguide.samplers.amed.schedules import SCHEDULES, time_points
+from sphereguide.samplers.amed.students import ORDERS, STUDENTS, AdamsBashforth, Choice, DPMSolverPP, Student
+from sphereguide.samplers.amed.training import History, Plan, Progress, settings_for, train
+from sphereguide.samplers.epsilon import EpsilonScaling, uniform, with_post_cfg
+from sphereguide.samplers.kernel import noise_of
+from test_guidance_node import guide
+from torch import Tensor, nn
+
+try:
+    from comfy.model_management import InterruptProcessingException as Interrupted
+except ImportError:  # PyPI's package of 2024
+    from comfy.interruption import InterruptProcessingException as Interrupted
+
+SHAPE = gaussian_mixture.SHAPE
+KINDS = ("EPS", "V_PREDICTION", "FLOW")
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return gaussian_mixture.patcher()
+
+
+def settings(model: Any, student: str = "ipndm", steps: int = 3, **changed: Any) -> AMEDSettings:
+    given: dict[str, Any] = {"schedule": "polynomial", "rho": 0.0, "max_order": 4, "cfg": 1.0} | changed
+    teacher, points = given.pop("teacher", "heun"), given.pop("points", 3)
+    return settings_for(model, teacher, points, student=student, steps=steps, **given)
+
+
+class Classical(nn.Module):
+    """r = ½ and scales of 1, whatever it sees."""
+
+    def __init__(self, r: float = 0.5, scale_dir: float = 1.0, scale_time: float = 1.0) -> None:
+        super().__init__()
+        self.time = nn.Linear(1, 1)  # where it lies is where a predictor's weights lie
+        self.values = (r, scale_dir, scale_time)
+        self.seen: list[Tensor] = []
+
+    def forward(self, features: Tensor, t: Tensor, t_next: Tensor) -> tuple[Tensor, ...]:
+        self.seen.append(features)
+        return tuple(torch.full_like(t, value) for value in self.values)
+
+
+def fixed(settings: AMEDSettings, *values: float) -> AMEDPredictor:
+    with torch.inference_mode(False):
+        return AMEDPredictor(Classical(*values), settings)  # type: ignore[arg-type]
+
+
+def sample(
+    model: Any,
+    sampler: comfy.samplers.KSAMPLER,
+    sigmas: Tensor,
+    batch: int = 3,
+    cfg: float = 1.0,
+    conds: Callable[[], tuple[Any, Any]] | None = None,
+    shape: tuple[int, ...] = SHAPE,
+    **run: Any,
+) -> Tensor:
+    """One run as SamplerCustomAdvanced makes it."""
+    with torch.inference_mode():
+        guider = comfy.samplers.CFGGuider(model)
+        mixture = (gaussian_mixture.conditioning(0.3), gaussian_mixture.conditioning(-0.2))
+        guider.set_conds(*(conds() if conds else mixture))
+        guider.set_cfg(cfg)
+        noise = noise_of((batch, *shape), 5)
+        latent = run.pop("latent", torch.zeros(batch, *shape))
+        return guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=1, **run)
+
+
+def stock(name: str, **options: Any) -> comfy.samplers.KSAMPLER:
+    return comfy.samplers.ksampler(name, options)
+
+
+# -- the predictor -----------------------------------------------------------------------------------------------------
+
+
+def test_the_predictor_has_as_many_parameters_as_the_published_one() -> None:
+    assert sum(weight.numel() for weight in PredictorNetwork(0.01, 0.2).parameters()) == 8971
+
+
+def test_its_choices_stay_within_their_ranges_and_are_made_for_each_sample() -> None:
+    network = PredictorNetwork(0.05, 0.2)
+    features = 50 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    t = torch.linspace(0.03, 80, 64)
+    r, scale_dir, scale_time = network(features, t, t / 2)
+    assert r.shape == scale_dir.shape == scale_time.shape == (64,)
+    assert ((r > 0) & (r < 1)).all() and len(set(r.tolist())) == 64
+    assert ((scale_dir - 1).abs() <= 0.05).all() and ((scale_time - 1).abs() <= 0.2).all()
+    assert np.ptp(scale_time.tolist()) > 0.01
+    alone = network(features[7:8], t[7:8], t[7:8] / 2)
+    for one, all_of in zip(alone, (r, scale_dir, scale_time), strict=True):
+        torch.testing.assert_close(one[0], all_of[7])
+
+
+def test_scales_that_may_not_move_are_1() -> None:
+    _, scale_dir, scale_time = PredictorNetwork(0.0, 0.0)(torch.randn(4, 64), torch.ones(4), torch.ones(4) / 2)
+    assert (scale_dir == 1).all() and (scale_time == 1).all()
+
+
+# -- the students ------------------------------------------------------------------------------------------------------
+
+
+def geometric(points: tuple[float, ...], last: float) -> Tensor:
+    """The points with the geometric means between them, the last one in place of the last."""
+    pairs = [(a, math.sqrt(a * b)) for a, b in pairwise(points)]
+    return torch.tensor([sigma for pair in pairs for sigma in pair] + [last])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+@pytest.mark.parametrize("student", ["amed", "dpm2"])
+def test_with_r_one_half_amed_and_dpm2_are_dpm_solver_2(kind: str, cfg: float, student: str) -> None:
+    model = gaussian_mixture.patcher(kind)
+    chosen = settings(model, student)
+    sigmas = torch.tensor(chosen.sigmas)
+    own = sample(model, amed_sampler(fixed(chosen)), sigmas, cfg=cfg)
+    torch.testing.assert_close(own, sample(model, stock("dpm_2"), sigmas, cfg=cfg), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("student", "name"), [("euler", "euler"), ("ipndm", "ipndm"), ("dpmpp", "dpmpp_2m")])
+def test_with_r_one_half_a_plugin_is_its_solver_on_the_schedule_with_means(kind: str, student: str, name: str) -> None:
+    if name not in comfy.samplers.KSampler.SAMPLERS:
+        pytest.skip(f"this host has no {name}")
+    model = gaussian_mixture.patcher(kind)
+    chosen = settings(model, student, max_order=2 if student == "dpmpp" else 4)
+    own = sample(model, amed_sampler(fixed(chosen)), torch.tensor(chosen.sigmas))
+    other = sample(model, stock(name), geometric(chosen.sigmas, chosen.sigmas[-1]))
+    if student == "dpmpp":  # the host's last step is of first order only where it leads to 0
+        own = sample(model, amed_sampler(fixed(chosen)), base_sigmas(fixed(chosen)))
+        other = sample(model, stock(name), geometric(chosen.sigmas, 0.0))
+    torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_adams_bashforth_is_exact_for_polynomials_of_its_order(order: int) -> None:
+    """dx/dt = t^(order−1) on uniform steps, begun with exact history."""
+    times = torch.linspace(3.0, 1.0, 9, dtype=torch.float64)
+    solver = AdamsBashforth(order)
+    x = times[:1] ** order / order
+    for i, (t, t_next) in enumerate(pairwise(times)):
+        d = t ** (order - 1)
+        moved = solver.advance(x, t[None], t_next[None], x - t * d)
+        x = moved if i >= order - 1 else t_next[None] ** order / order
+    torch.testing.assert_close(x, times[-1:] ** order / order)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_dpm_solver_pp_converges_with_its_order(order: int) -> None:
+    """On D(x, σ) of a Gaussian, whose ODE has a closed form: x ∝ √(s² + σ²). Halving the steps divides by 2^order."""
+
+    def error(steps: int) -> float:
+        times = torch.logspace(1, -1, steps + 1, dtype=torch.float64)
+        solver = DPMSolverPP(order, steps + 10)  # never of lower order
+        x = (0.25 + times[:1] ** 2).sqrt()
+        for t, t_next in pairwise(times):
+            x = solver.advance(x, t[None], t_next[None], x * 0.25 / (0.25 + t**2))
+        return abs(float(x - (0.25 + times[-1] ** 2).sqrt()))
+
+    assert math.log2(error(64) / error(128)) > order - 0.4
+
+
+def test_third_order_is_exact_for_a_denoiser_that_is_quadratic_in_log_sigma() -> None:
+    """x/σ = x₀/σ₀ + ∫ e^λ·D(λ) dλ with D = 1 + λ + λ², begun with exact history."""
+    lams = torch.tensor([-2.0, -1.2, -0.7, 0.1, 0.4], dtype=torch.float64)  # −log σ, uneven
+    polynomial = [1.0, 1.0, 1.0]
+
+    def exact(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+        def antiderivative(lam: Tensor) -> Tensor:  # of e^λ(1 + λ + λ²)
+            return lam.exp() * (lam**2 - lam + 2)
+
+        return (x * a.exp() + antiderivative(b) - antiderivative(a)) / b.exp()
+
+    solver, x = DPMSolverPP(3, 99), torch.ones(1, dtype=torch.float64)
+    for i, (a, b) in enumerate(pairwise(lams)):
+        denoised = sum(c * a**k for k, c in enumerate(polynomial)).reshape(1)
+        truth = exact(a, b, x)
+        moved = solver.advance(x, (-a).exp()[None], (-b).exp()[None], denoised)
+        if i >= 2:
+            torch.testing.assert_close(moved, truth)
+        x = truth
+
+
+def test_the_formulas_by_hand() -> None:
+    """One interval from 4 to 1 with r = ¼, scale_dir 1.1, scale_time 0.9: D(x, t) = x/2 + t."""
+    asked = []
+
+    def ask(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(float(t))
+        return x / 2 + t
+
+    one = torch.ones(1, dtype=torch.float64)
+    x, t, t_next = 6 * one, 4 * one, 1 * one
+    choice = Choice(one / 4, 1.1 * one, 0.9 * one)
+    t_mid = 4**0.75
+    d = (6 - 7) / 4
+    x_mid = 6 + (t_mid - 4) * d
+    d_mid = (x_mid - (x_mid / 2 + 0.9 * t_mid)) / t_mid
+    expected = {
+        "amed": 6 + 1.1 * (1 - 4) * d_mid,
+        "dpm2": 6 + 1.1 * (1 - 4) * (2 * d_mid - d),
+        "euler": x_mid + 1.1 * (1 - t_mid) * d_mid,
+        "ipndm": x_mid + 1.1 * (1 - t_mid) * (3 * d_mid - d) / 2,
+        # the last of two steps is of first order
+        "dpmpp": x_mid + 1.1 * ((1 / t_mid) * x_mid + (1 - 1 / t_mid) * (x_mid / 2 + 0.9 * t_mid) - x_mid),
+    }
+    for name, value in expected.items():
+        got, direction = Student(name, ORDERS[name], 1).advance(x, t, t_next, choice, x / 2 + 1 * t, ask)
+        assert float(got) == pytest.approx(value), name
+        assert float(direction) == pytest.approx(d_mid), name
+    assert asked == pytest.approx([0.9 * t_mid] * len(expected))
+
+
+def test_samples_of_a_batch_take_their_own_times(model: Any) -> None:
+    class Each(Classical):
+        def forward(self, features: Tensor, t: Tensor, t_next: Tensor) -> tuple[Tensor, ...]:
+            return torch.linspace(0.2, 0.8, len(t)), torch.ones_like(t), torch.ones_like(t)
+
+    for student in STUDENTS:
+        chosen = settings(model, student)
+        with torch.inference_mode(False):
+            together = sample(model, amed_sampler(AMEDPredictor(Each(), chosen)), base_sigmas(fixed(chosen)))
+        for i, r in enumerate((0.2, 0.5, 0.8)):
+            alone = sample(model, amed_sampler(fixed(chosen, r)), base_sigmas(fixed(chosen)))
+            torch.testing.assert_close(together[i], alone[i], rtol=1e-5, atol=1e-5)
+
+
+# -- the schedules -----------------------------------------------------------------------------------------------------
+
+
+def test_schedules_by_hand(model: Any) -> None:
+    sampling = model.model.model_sampling
+    low, high = float(sampling.sigma_min), float(sampling.sigma_max)
+    assert time_points(sampling, "polynomial", 2, 7.0, 0.002, 80.0) == pytest.approx([80.0, 2.5152, 0.002], rel=1e-4)
+    assert time_points(sampling, "logsnr", 2, 1.0, 0.02, 2.0) == pytest.approx([2.0, 0.2, 0.02])
+    # half of the timesteps, 999 to 0
+    half = float(sampling.sigma(torch.tensor(499.5)))
+    assert time_points(sampling, "discrete", 2, 1.0, low, high) == pytest.approx([high, half, low], rel=1e-4)
+    # VP with linear β: log(1 + σ²) = ½β_d·t² + β_min·t through (1, σ_max) and (0.001, σ_min)
+    (b, d), *_ = np.linalg.lstsq(np.array([[1, 0.5], [1e-3, 0.5e-6]]), np.log1p(np.array([high, low]) ** 2), rcond=None)
+    t = (1 + 1e-3) / 2
+    middle = math.sqrt(math.expm1(b * t + d / 2 * t**2))
+    assert time_points(sampling, "time_uniform", 2, 1.0, low, high) == pytest.approx([high, middle, low], rel=1e-4)
+
+
+def test_schedules_of_flow_models_are_in_their_time() -> None:
+    sampling = gaussian_mixture.patcher("FLOW").model.model_sampling
+    low, high = float(sampling.sigma_min), float(sampling.sigma_max)
+    assert high == 1.0
+    assert time_points(sampling, "time_uniform", 4, 1.0, low, high)[1:4] == pytest.approx(
+        [high - (high - low) * i / 4 for i in (1, 2, 3)]
+    )
+    points = time_points(sampling, "logsnr", 4, 1.0, low, high)
+    ratio = [math.log(sigma / (1 - sigma)) for sigma in points[1:]]
+    assert np.diff(ratio) == pytest.approx(ratio[1] - ratio[0], rel=1e-3)
+    half = float(sampling.sigma(torch.tensor((float(sampling.timestep(torch.tensor(high))) + 1) / 2)))
+    assert time_points(sampling, "discrete", 2, 1.0, low, high)[1] == pytest.approx(half, rel=2e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_teacher_passes_through_the_points_of_its_student(kind: str, schedule: str) -> None:
+    sampling = gaussian_mixture.patcher(kind).model.model_sampling
+    ends = (float(sampling.sigma_min), float(sampling.sigma_max))
+    for steps in (2, 5):
+        few = time_points(sampling, schedule, steps, 1.0, *ends)
+        many = time_points(sampling, schedule, 4 * steps, 1.0, *ends)
+        assert few == many[::4] and few[0] == ends[1] and few[-1] == ends[0]
+
+
+def test_schedules_that_can_not_be_are_refused(model: Any) -> None:
+    sampling = model.model.model_sampling
+    with pytest.raises(ValueError, match=r"no schedule 'linear'.*polynomial"):
+        time_points(sampling, "linear", 3, 1.0, 0.1, 10.0)
+    for bad in ((0, 1.0, 0.1, 10.0), (3, 0.0, 0.1, 10.0), (3, 1.0, 0.0, 10.0), (3, 1.0, 10.0, 0.1)):
+        with pytest.raises(ValueError, match="at least one step"):
+            time_points(sampling, "polynomial", *bad)
+
+    class Coarse:
+        """A model with 10 noise levels, all of which a schedule of 20 can't have once."""
+
+        noise_scaling = staticmethod(sampling.noise_scaling)
+
+        def timestep(self, sigma: Tensor) -> Tensor:
+            return sigma.round()
+
+        def sigma(self, timestep: Tensor) -> Tensor:
+            return timestep.round()
+
+    with pytest.raises(ValueError, match="does not fall"):
+        time_points(Coarse(), "discrete", 20, 1.0, 1.0, 10.0)
+
+
+# -- the sampler -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("afs", [False, True])
+def test_it_makes_as_many_model_calls_as_it_says(model: Any, student: str, afs: bool) -> None:
+    chosen = settings(model, student, afs=afs)
+    assert chosen.nfe == 6 - afs
+    before = model.model.calls
+    latents = sample(model, amed_sampler(fixed(chosen)), base_sigmas(fixed(chosen)))
+    assert model.model.calls - before == chosen.nfe and latents.isfinite().all()
+
+
+def test_with_afs_the_first_direction_is_the_noise_itself(model: Any) -> None:
+    chosen = settings(model, "euler", steps=1, afs=True)
+    told = []
+    latents = sample(
+        model,
+        amed_sampler(fixed(chosen)),
+        torch.tensor(chosen.sigmas),
+        callback=lambda step, denoised, x, total: told.append((x.clone(), denoised.clone(), total)),
+    )
+    x, denoised, total = told[0]
+    t, t_next = chosen.sigmas
+    d = x / math.sqrt(1 + t**2)
+    torch.testing.assert_close((x - denoised) / t, d, rtol=1e-4, atol=1e-4)
+    x_mid = x + (math.sqrt(t * t_next) - t) * d
+    assert total == 1 and (latents - x_mid).abs().max() < 60  # the rest of the way is the model's
+
+
+def test_the_last_time_point_leads_to_0_without_a_model_call(model: Any) -> None:
+    chosen = settings(model, "euler")
+    noisy = sample(model, amed_sampler(fixed(chosen)), torch.tensor(chosen.sigmas))
+    final = sample(model, amed_sampler(fixed(chosen)), base_sigmas(fixed(chosen)))
+    # Euler's last direction carries on: what its own last step to 0 from t_mid gives
+    torch.testing.assert_close(
+        final, sample(model, stock("euler"), geometric(chosen.sigmas, 0.0)), rtol=1e-4, atol=1e-4
+    )
+    difference = (noisy - final).abs().max()
+    assert 0 < difference < 10 * chosen.sigmas[-1]
+
+
+def test_a_part_of_its_schedule_is_sampled_as_the_predictor_learnt_it(model: Any, caplog: Any) -> None:
+    chosen = settings(model)
+    sampler = amed_sampler(fixed(chosen, 0.3))
+    sigmas = base_sigmas(fixed(chosen))
+    latent = torch.ones(2, *SHAPE)
+    with caplog.at_level(logging.WARNING, "sphereguide"):
+        part = sample(model, sampler, sigmas[1:], batch=2, latent=latent)
+    assert part.isfinite().all() and not caplog.records
+    steps = intervals(sigmas[1:].tolist(), fixed(chosen))
+    assert all(step.known for step in steps) and steps[-1].last and steps[-1].t_next == chosen.sigmas[-1]
+
+
+def test_sigmas_of_another_schedule_are_sampled_by_the_student_alone_and_it_says_so(model: Any, caplog: Any) -> None:
+    chosen = settings(model, "euler")
+    sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, "normal", 4)
+    with caplog.at_level(logging.WARNING, "sphereguide"):
+        found = sample(model, amed_sampler(fixed(chosen, 0.1)), sigmas)
+    assert "these steps are not the predictor's" in caplog.text and "as euler makes them" in caplog.text
+    torch.testing.assert_close(found, sample(model, amed_sampler(fixed(chosen, 0.5)), sigmas))
+    # and ends where the model's own last time point leads
+    assert found.isfinite().all()
+
+
+def test_a_mask_keeps_what_it_covers(model: Any) -> None:
+    chosen = settings(model)
+    latent = torch.linspace(-1, 1, math.prod(SHAPE)).reshape(1, *SHAPE).repeat(2, 1, 1, 1)
+    mask = torch.zeros(1, 1, 2, 2)
+    mask[..., 0] = 1
+    found = sample(model, amed_sampler(fixed(chosen)), base_sigmas(fixed(chosen)), 2, latent=latent, denoise_mask=mask)
+    torch.testing.assert_close(found[..., 1], latent[..., 1], rtol=0, atol=0.05)
+    assert (found[..., 0] - latent[..., 0]).abs().mean() > 0.1
+
+
+def test_dsg_says_that_there_is_no_noise_to_turn_and_epsilon_scaling_composes(model: Any) -> None:
+    chosen = settings(model)
+    sampler, sigmas = amed_sampler(fixed(chosen)), base_sigmas(fixed(chosen))
+    assert host.adds_noise(sampler) is False
+    with pytest.raises(ValueError, match=r"\(amed\) adds none.*euler_ancestral"):
+        guide(sampler)
+    plain = sample(model, sampler, sigmas)
+    assert torch.equal(sample(model, with_post_cfg(sampler, EpsilonScaling(lambda _: uniform(1.0))), sigmas), plain)
+    scaled = sample(model, with_post_cfg(sampler, EpsilonScaling(lambda _: uniform(1.05))), sigmas)
+    assert (scaled - plain).abs().mean() > 1e-3
+
+
+def test_expanded_sigmas_are_those_of_the_predictor(model: Any) -> None:
+    chosen = replace(settings(model, "euler"), midpoints=(8.0, 1.0, 0.1))
+    sigmas = expanded_sigmas(fixed(chosen), chosen.midpoints)
+    a, b, c, _ = chosen.sigmas
+    assert sigmas.tolist() == pytest.approx([a, 8.0, b, 1.0, c, 0.1, 0.0])
+    # along them Euler's method is the student
+    r = math.log(8.0 / a) / math.log(b / a)
+    one = replace(settings(model, "euler", steps=1), sigmas=(a, b))
+    own = sample(model, amed_sampler(fixed(one, r)), torch.tensor([a, b]))
+    torch.testing.assert_close(own, sample(model, stock("euler"), torch.tensor([a, 8.0, b])), rtol=1e-4, atol=1e-4)
+
+
+# -- the bottleneck ----------------------------------------------------------------------------------------------------
+
+
+def test_the_bottleneck_is_that_of_the_conditional_half() -> None:
+    model = tiny_models.sd15()
+    prompts = tiny_models.conditioning(seed=1), tiny_models.conditioning(seed=2)
+    chosen = settings(model, cfg=4.0)
+    seen = {}
+    for name, conds, cfg in (("both", prompts, 4.0), ("alone", prompts, 1.0), ("other", prompts[::-1], 1.0)):
+        predictor = fixed(chosen)
+        sample(model, amed_sampler(predictor), base_sigmas(predictor), 2, cfg, lambda c=conds: c, (4, 16, 16))
+        seen[name] = predictor.network.seen[0]
+    assert seen["both"].shape == (2, 64) and seen["both"].abs().min() > 0
+    torch.testing.assert_close(seen["both"], seen["alone"], rtol=1e-4, atol=1e-5)
+    assert (seen["both"] - seen["other"]).abs().max() > 1e-3
+    assert not model.model.diffusion_model.middle_block[-1]._forward_hooks
+
+
+@pytest.mark.parametrize("size", [8, 16, 64])
+def test_the_bottleneck_is_pooled_to_8_by_8(size: int) -> None:
+    model = tiny_models.sd15()
+    predictor = fixed(settings(model))
+    raw = []
+    hook = model.model.diffusion_model.middle_block[-1].register_forward_hook(lambda m, i, out: raw.append(out))
+    try:
+        conds = (tiny_models.conditioning(), tiny_models.conditioning())
+        sample(model, amed_sampler(predictor), base_sigmas(predictor), 1, 1.0, lambda: conds, (4, size, size))
+    finally:
+        hook.remove()
+    expected = torch.nn.functional.adaptive_avg_pool2d(raw[0].mean(1), 8).flatten(1)
+    torch.testing.assert_close(predictor.network.seen[0], expected)
+
+
+def test_halves_that_come_in_calls_of_their_own_and_frames_of_a_video() -> None:
+    block = nn.Sequential(nn.Identity())
+    network = nn.Module()
+    network.middle_block = block
+    maps = torch.randn(6, 5, 8, 8)
+
+    def apply_model(x: Tensor, timestep: Tensor, **c: Any) -> Tensor:
+        block[-1](maps[: len(x) * c.get("frames", 1)])
+        return x
+
+    x = torch.zeros(2, 4, 8, 8)
+    with watched(network, {}) as (bottleneck, options):
+        call = options["model_function_wrapper"]
+        assert bottleneck.features(x).eq(0).all()
+        call(apply_model, {"input": x, "timestep": None, "c": {}, "cond_or_uncond": [1]})
+        assert bottleneck.features(x).eq(0).all()
+        call(apply_model, {"input": x, "timestep": None, "c": {}, "cond_or_uncond": [0]})
+        torch.testing.assert_close(bottleneck.features(x), maps[:2].mean(1).flatten(1))
+        bottleneck.forget()
+        call(apply_model, {"input": x, "timestep": None, "c": {"frames": 3}, "cond_or_uncond": [0]})
+        torch.testing.assert_close(bottleneck.features(x), maps.mean(1).unflatten(0, (2, 3)).mean(1).flatten(1))
+
+
+def test_a_model_in_tiles_and_one_without_a_bottleneck_give_zeros(model: Any, caplog: Any) -> None:
+    predictor = fixed(settings(model))
+    sample(model, amed_sampler(predictor), base_sigmas(predictor))
+    assert predictor.network.seen[0].eq(0).all()
+
+    def tiles(apply_model: Any, parameters: dict[str, Any]) -> Tensor:
+        x, timestep, c = parameters["input"], parameters["timestep"], parameters["c"]
+        halves = [apply_model(part.contiguous(), timestep, **c) for part in x.chunk(2, -1)]
+        return torch.cat(halves, -1)
+
+    unet = tiny_models.sd15()
+    unet.set_model_unet_function_wrapper(tiles)
+    predictor = fixed(settings(unet))
+    conds = (tiny_models.conditioning(), tiny_models.conditioning())
+    with caplog.at_level(logging.WARNING, "sphereguide"):
+        sample(unet, amed_sampler(predictor), base_sigmas(predictor), 2, 1.0, lambda: conds, (4, 16, 16))
+    assert predictor.network.seen[0].eq(0).all() and caplog.text.count("called in pieces") == 1
+
+
+def test_the_hook_goes_when_a_run_fails() -> None:
+    model = tiny_models.sd15()
+    predictor = fixed(settings(model))
+    conds = (tiny_models.conditioning(), tiny_models.conditioning())
+
+    def stop(*_: Any) -> None:
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        sample(
+            model, amed_sampler(predictor), base_sigmas(predictor), 1, 1.0, lambda: conds, (4, 16, 16), callback=stop
+        )
+    assert not model.model.diffusion_model.middle_block[-1]._forward_hooks
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+
+def trained_file(model: Any, path: Path) -> AMEDPredictor:
+    predictor = AMEDPredictor.untrained(replace(settings(model), midpoints=(9.0, 2.0, 0.2), error=0.1), seed=3)
+    files.save(predictor, path)
+    return predictor
+
+
+def test_a_file_holds_all_that_sampling_needs(model: Any, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "mine.safetensors"
+    predictor = trained_file(model, path)
+    with torch.inference_mode():
+        loaded = files.load(path)
+    assert loaded.settings == replace(predictor.settings, student_error=loaded.settings.student_error)
+    sigmas = base_sigmas(predictor)
+    assert torch.equal(sample(model, amed_sampler(predictor), sigmas), sample(model, amed_sampler(loaded), sigmas))
+    assert path.stat().st_size < 50_000 and [file.name for file in path.parent.iterdir()] == ["mine.safetensors"]
+
+
+def test_files_that_are_none(model: Any, tmp_path: Path) -> None:
+    path = tmp_path / "mine.safetensors"
+    predictor = trained_file(model, path)
+    whole = path.read_bytes()
+    weights = {name: value.contiguous() for name, value in predictor.network.state_dict().items()}
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"Load AMED Predictor: .*cut short"):
+        files.load(path)
+    with pytest.raises(ValueError, match="can't be read"):
+        files.load(tmp_path / "missing.safetensors")
+    save_file(weights, path)
+    with pytest.raises(ValueError, match="no predictor of Train AMED Predictor"):
+        files.load(path)
+    for broken in ('{"student": "ipndm"}', '{"student": "magic"}', '{"colour": 1}', "not json"):
+        save_file(weights, path, {"format": files.FORMAT, "settings": broken})
+        with pytest.raises(ValueError, match="does not fit this version"):
+            files.load(path)
+    path.write_bytes(whole)
+    with torch.inference_mode(False):
+        predictor.network.time.bias.data[0] = math.nan
+    files.save(predictor, path)
+    with pytest.raises(ValueError, match="not finite"):
+        files.load(path)
+
+
+def test_what_a_predictor_was_not_trained_for_is_said(model: Any, caplog: Any) -> None:
+    chosen = settings(model, cfg=2.0)
+    predictor = fixed(chosen)
+    assert chosen.model_hash == fingerprint(model) and mismatches(predictor, model, 2.0) == []
+    other = gaussian_mixture.patcher()
+    with torch.inference_mode():
+        other.model.diffusion_model.means.data += 0.01
+    assert "another model" in mismatches(predictor, other, 2.0)[0]
+    patched = model.clone()
+    patched.add_patches({"diffusion_model.means": (torch.zeros_like(model.model.diffusion_model.means),)}, 0.5)
+    assert "other LoRAs" in mismatches(predictor, patched, None)[0]
+    assert mismatches(predictor, model, 7.0) == ["cfg 7 and not 2"]
+    flow = gaussian_mixture.patcher("FLOW")
+    assert any("sigmas from 1 to" in text for text in mismatches(predictor, flow, 2.0))
+    with caplog.at_level(logging.WARNING, "sphereguide"):
+        sample(model, amed_sampler(predictor), base_sigmas(predictor), cfg=3.0)
+    assert "cfg 3 and not 2" in caplog.text
+
+
+def test_a_fingerprint_does_not_depend_on_whether_the_model_is_loaded(model: Any) -> None:
+    patched = model.clone()
+    patched.add_patches({"diffusion_model.means": (torch.ones_like(model.model.diffusion_model.means),)}, 0.5)
+    before = fingerprint(patched)
+    sigmas = torch.tensor([1.0, 0.0])
+    first = sample(patched, stock("euler"), sigmas)
+    assert fingerprint(patched) == before
+    assert (first - sample(model, stock("euler"), sigmas)).abs().max() > 0.01
+    assert fingerprint(model) == settings(model).model_hash != before
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def trained(
+    model: Any, chosen: AMEDSettings, kept: Path | None = None, prompts: Any = None, **plan: Any
+) -> tuple[AMEDPredictor, History]:
+    progress = plan.pop("progress", lambda _: None)
+    with torch.inference_mode():
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_cfg(chosen.cfg)
+        prompts = prompts or (gaussian_mixture.conditioning(0.3), gaussian_mixture.conditioning(-0.2))
+        return train(guider, prompts, SHAPE, chosen, Plan(**{"trajectories": 64, **plan}), kept, progress)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "FLOW"])
+@pytest.mark.parametrize("student", STUDENTS)
+def test_a_trained_predictor_is_nearer_to_the_true_ode_than_its_student(kind: str, student: str) -> None:
+    """On the mixture, whose denoiser is known in closed form, against 300 steps of Heun's method."""
+    model = gaussian_mixture.patcher(kind)
+    sampling = model.model.model_sampling
+    chosen = settings(model, student, points=7, scale_dir=0.1, scale_time=0.2)
+    predictor, _ = trained(model, chosen, trajectories=2048, batch_size=32)
+    ends = (float(sampling.sigma_min), float(sampling.sigma_max))
+    fine = torch.tensor([*time_points(sampling, "polynomial", 300, 7.0, *ends), 0.0])
+    truth = sample(model, stock("heun"), fine, 256)
+    sigmas = base_sigmas(predictor)
+    errors = []
+    for one in (predictor, fixed(chosen)):
+        distances = (sample(model, amed_sampler(one), sigmas, 256) - truth).square().flatten(1).mean(1).sqrt()
+        # without the few that six model calls send to another mode of the mixture
+        errors.append(float(distances.sort()[0][:-25].mean()))
+    assert errors[0] < 0.85 * errors[1], errors
+
+
+def test_training_is_the_same_for_the_same_seed_and_leaves_the_model_alone(model: Any) -> None:
+    chosen = settings(model, steps=2)
+    before = sample(model, stock("euler"), torch.tensor([10.0, 1.0, 0.0]))
+    first, second, other = (trained(model, chosen, seed=seed) for seed in (1, 1, 2))
+    assert first[1] == second[1] and first[1] != other[1]
+    for a, b in zip(first[0].network.parameters(), second[0].network.parameters(), strict=True):
+        assert torch.equal(a, b) and not a.requires_grad
+    assert torch.equal(sample(model, stock("euler"), torch.tensor([10.0, 1.0, 0.0])), before)
+    assert "timestep" not in vars(model.model.model_sampling)
+
+
+def test_the_best_of_the_training_is_what_it_gives(model: Any) -> None:
+    chosen = settings(model, steps=2)
+    predictor, history = trained(model, chosen, trajectories=320)
+    errors = dict(history.errors)
+    assert predictor.settings.error == min(errors.values()) and list(errors) == [0, 10, 20]
+    assert len(history.losses) == 20 and all(len(losses) == 2 for losses in history.losses)
+    assert predictor.settings.trajectories == 320 and predictor.settings.student_error == history.student_error
+    for (a, b), middle in zip(pairwise(chosen.sigmas), predictor.settings.midpoints, strict=True):
+        assert b < middle < a
+
+
+def stop_at(iteration: int) -> Callable[[Progress], None]:
+    def progress(told: Progress) -> None:
+        if told.iteration == iteration:
+            raise Interrupted
+
+    return progress
+
+
+def test_a_training_that_was_cancelled_goes_on_to_the_same_bits(model: Any, tmp_path: Path) -> None:
+    chosen, kept = settings(model, steps=2), tmp_path / "mine.training.safetensors"
+    whole, history = trained(model, chosen, trajectories=240)
+    with pytest.raises(Interrupted):
+        trained(model, chosen, kept, trajectories=240, progress=stop_at(12))
+    best_so_far = files.load(kept)
+    assert best_so_far.settings.error == min(error for i, error in history.errors if i <= 12)
+    assert best_so_far.settings.trajectories == 12 * 16
+    told: list[int] = []
+    again, resumed = trained(model, chosen, kept, trajectories=240, progress=lambda p: told.append(p.iteration))
+    assert told == [13, 14, 15] and resumed == history and again.settings == whole.settings
+    for a, b in zip(again.network.parameters(), whole.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+    told.clear()
+    trained(model, chosen, kept, trajectories=240, progress=lambda p: told.append(p.iteration))
+    assert told == []  # it is done
+
+
+def test_other_settings_begin_anew(model: Any, tmp_path: Path, caplog: Any) -> None:
+    kept = tmp_path / "mine.training.safetensors"
+    trained(model, settings(model, steps=2), kept)
+    told: list[int] = []
+    with caplog.at_level(logging.WARNING, "sphereguide"):
+        trained(model, settings(model, steps=3), kept, progress=lambda p: told.append(p.iteration))
+    assert told == [1, 2, 3, 4] and "begun anew" in caplog.text
+    kept.write_bytes(kept.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"Train AMED Predictor: .*cut short"):
+        trained(model, settings(model, steps=3), kept)
+
+
+def test_epochs_use_each_trajectory_and_its_teacher_again(model: Any) -> None:
+    chosen = settings(model, steps=1, points=20)
+    calls = []
+    for epochs in (1, 2):
+        before = model.model.calls
+        _, history = trained(model, chosen, trajectories=32, epochs=epochs)
+        calls.append(model.model.calls - before)
+        assert len(history.losses) == 2 * epochs
+    assert calls[1] - calls[0] < 2 * 2 * 21  # the teacher's calls for two batches
+
+
+def test_prompts_take_turns_in_a_batch(model: Any) -> None:
+    several = [entry for shift in (0.0, 0.4, 0.8) for entry in gaussian_mixture.conditioning(shift)]
+    (entry,) = training._of_samples(several, [0, 4, 5, 3])
+    assert entry[0][:, 0, 0].tolist() == pytest.approx([0.0, 0.4, 0.8, 0.0])
+    chosen = settings(model, steps=2)
+    _, history = trained(model, chosen, prompts=(several, gaussian_mixture.conditioning(0.0)))
+    _, alone = trained(model, chosen, prompts=(gaussian_mixture.conditioning(0.0), gaussian_mixture.conditioning(0.0)))
+    assert history.losses[0] != alone.losses[0]
+    short, long = torch.randn(1, 2, 4), torch.randn(1, 3, 4)
+    (entry,) = training._of_samples([[short, {}], [long, {}]], [0, 1])
+    assert torch.equal(entry[0], torch.cat([short.repeat(1, 3, 1), long.repeat(1, 2, 1)]))
+    pooled = [[short, {"pooled_output": torch.full((1, 2), float(i)), "guidance": 3.5}] for i in range(2)]
+    (entry,) = training._of_samples(pooled, [1, 0])
+    assert entry[1]["pooled_output"].tolist() == [[1, 1], [0, 0]] and entry[1]["guidance"] == 3.5
+    with pytest.raises(ValueError, match="differ in 'guidance'"):
+        training._of_samples([[short, {"guidance": 1.0}], [short, {"guidance": 2.0}]], [0, 1])
+    with pytest.raises(ValueError, match="different kinds"):
+        training._of_samples([[short, {}], [short, {"area": (1, 1, 0, 0)}]], [0, 1])
+
+
+def test_plans_without_a_step_are_refused(model: Any) -> None:
+    with pytest.raises(ValueError, match="8 trajectories in batches of 16"):
+        trained(model, settings(model), trajectories=8)
+
+
+def test_a_model_that_gives_no_numbers_is_said_and_nothing_is_learnt_from_it(model: Any, tmp_path: Path) -> None:
+    apply, broken = model.model.apply_model, []
+
+    def once(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        return apply(x, t, **kwargs) * (math.nan if broken else 1)
+
+    kept = tmp_path / "mine.training.safetensors"
+    model.model.apply_model = once
+    try:
+        with pytest.raises(RuntimeError, match=r"Train AMED Predictor: the loss at sigma .* not finite"):
+            trained(model, settings(model, steps=2), kept, progress=lambda told: broken.append(told))
+    finally:
+        del model.model.apply_model
+    assert files.load(kept).settings.trajectories == 16  # and is finite, or it would not load
+
+
+def test_timesteps_have_a_slope_and_keep_their_value() -> None:
+    sampling = tiny_models.sd15().model.model_sampling
+    sigma = torch.tensor([0.1, 0.7, 3.0, 12.0])
+    with training._smooth_timesteps(sampling):
+        wanted = sigma.clone().requires_grad_()
+        value = sampling.timestep(wanted)
+        assert torch.equal(value, sampling.timestep(sigma).to(value))
+        (slope,) = torch.autograd.grad(value.sum(), wanted)
+    # log σ over the timestep, from the table
+    table = sampling.log_sigmas
+    steps = sampling.timestep(sigma)
+    expected = 1 / (table[steps + 1] - table[steps - 1]) * 2 / sigma
+    torch.testing.assert_close(slope, expected, rtol=0.25, atol=0)
+    assert "timestep" not in vars(sampling)
+
+
+def test_the_gradient_of_the_loss_is_that_of_finite_differences() -> None:
+    """With respect to r, through the whole of an interval, on a network that adds in place and rounds its timesteps."""
+    model = gaussian_mixture.patcher()
+    chosen = settings(model, "amed", steps=1, points=3)
+    with torch.inference_mode():
+        guider = comfy.samplers.CFGGuider(model)
+        prompts = (gaussian_mixture.conditioning(0.3), gaussian_mixture.conditioning(-0.2))
+        run = training._Training(guider, prompts, SHAPE, chosen, Plan(16), None, lambda _: None)
+    bias = run.predictor.network.heads["r"].bias
+    gradients = []
+    run._step = lambda loss, sigma: gradients.append(float(bias.grad))  # type: ignore[method-assign]
+
+    def loss(at: float) -> float:
+        with torch.inference_mode(False), torch.no_grad():
+            bias.fill_(at)
+        with torch.inference_mode():
+            return run._iterate(list(range(16)))[0][0]
+
+    h = 1e-2
+    expected = (loss(0.2 + h) - loss(0.2 - h)) / (2 * h)
+    loss(0.2)
+    assert gradients[-1] == pytest.approx(expected, rel=0.03) and abs(expected) > 1e-3
+
+
+def shell(*arguments: str, processes: int, out: Path) -> list[float]:
+    """The losses that `python -m samplers.amed` prints."""
+    command = ["-m", "samplers.amed", "--toy", "--cpu", "--out", str(out), *arguments]
+    if processes > 1:
+        command = [
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(processes),
+            "--master_port",
+            "29517",
+            *command,
+        ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = re.search(r"^losses (.*)$", run.stdout, re.MULTILINE)
+    assert found, run.stdout
+    return [float(value) for value in found[1].split()]
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns_from_a_shell(tmp_path: Path) -> None:
+    arguments = ("--trajectories", "12", "--batch-size", "4", "--steps", "1", "--teacher", "heun", "--cfg", "2")
+    arguments += ("--teacher-points", "1", "--prompt", "a smiling person", "--prompt", "a sad person")
+    one = shell(*arguments, processes=1, out=tmp_path / "one.safetensors")
+    two = shell(*arguments, processes=2, out=tmp_path / "two.safetensors")
+    assert len(one) == 3 and two == pytest.approx(one, rel=1e-4)
+    single, double = (files.load(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
+    for a, b in zip(single.network.parameters(), double.network.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    assert single.settings.trajectories == double.settings.trajectories == 12
+
+
+# -- the nodes ---------------------------------------------------------------------------------------------------------
+
+
+def node_settings(**changed: Any) -> dict[str, Any]:
+    required = nodes.AMEDTrain.INPUT_TYPES()["required"]
+    widgets = {
+        name: options["default"] if "default" in options else kind[0]
+        for name, (kind, options) in required.items()
+        if isinstance(kind, list) or "default" in options
+    }
+    return widgets | {"cfg": 1.0, "trajectories": 32, "name": "", "steps": 2} | changed
+
+
+def run_node(model: Any, **changed: Any) -> dict[str, Any]:
+    with torch.inference_mode():
+        return nodes.AMEDTrain().train(
+            model=model,
+            positive=gaussian_mixture.conditioning(0.3),
+            negative=gaussian_mixture.conditioning(-0.2),
+            latent={"samples": torch.zeros(1, *SHAPE)},
+            **node_settings(**changed),
+        )
+
+
+def test_the_node_trains_draws_and_says_what_came_of_it(model: Any) -> None:
+    result = run_node(model)
+    predictor, curves, report = result["result"]
+    assert curves.shape == (1, 400, 1000, 3) and float(curves.std()) > 0.05
+    assert result["ui"]["text"] == [report] and "ipndm with 4 model calls" in report
+    assert predictor.settings.teacher == "ipndm" and predictor.settings.teacher_points == 2  # as published
+    assert predictor.settings.max_order == 4 and predictor.settings.rho == 7.0
+    worse = replace(predictor.settings, error=2.0, student_error=1.0)
+    assert "don't use this one" in nodes.said(replace(predictor, settings=worse))
+
+
+def test_what_was_trained_is_saved_and_loaded(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes.folder_paths, "models_dir", str(tmp_path))
+    monkeypatch.setattr(nodes.folder_paths, "get_folder_paths", lambda name: [str(tmp_path / name)])
+    predictor, *_ = run_node(model, name="mine")["result"]
+    assert nodes.AMEDLoad.INPUT_TYPES()["required"]["name"][0] == ["mine.training.safetensors"]
+    nodes.AMEDSave().save(predictor, "sub/mine")
+    assert "sub/mine.safetensors" in nodes.AMEDLoad.INPUT_TYPES()["required"]["name"][0]
+    for name in ("sub/mine.safetensors", "mine.training.safetensors"):
+        loaded, about = nodes.AMEDLoad().load(name)
+        assert loaded.settings == predictor.settings and "ipndm, 4 model calls, cfg 1, 32 trajectories" in about
+    for bad in ("", "../outside", "/etc/outside"):
+        with pytest.raises(ValueError, match=r"Save AMED Predictor: .*no name for a file"):
+            nodes.AMEDSave().save(predictor, bad)
+    with pytest.raises(FileNotFoundError, match="Train AMED Predictor"):
+        nodes.AMEDLoad().load("gone.safetensors")
+
+
+def test_the_scheduler_gives_both_kinds_of_points(model: Any) -> None:
+    predictor, *_ = run_node(model)["result"]
+    with torch.inference_mode():
+        (base,) = nodes.AMEDScheduler().sigmas(predictor, model, "base")
+        (mean,) = nodes.AMEDScheduler().sigmas(predictor, model, "expanded")
+        latent = {"samples": torch.zeros(32, *SHAPE)}
+        probe = (gaussian_mixture.conditioning(0.3), gaussian_mixture.conditioning(-0.2), latent)
+        (probed,) = nodes.AMEDScheduler().sigmas(predictor, model, "expanded", *probe)
+        with pytest.raises(ValueError, match="Connect all three"):
+            nodes.AMEDScheduler().sigmas(predictor, model, "expanded", *probe[:2])
+    assert base.tolist() == pytest.approx([*predictor.settings.sigmas[:-1], 0.0])
+    assert len(mean) == len(probed) == 2 * len(base) - 1 and (mean.diff() < 0).all()
+    torch.testing.assert_close(mean[::2], base)
+    torch.testing.assert_close(probed, mean, rtol=0.2, atol=0.01)
+
+
+def test_the_page_is_told_how_far_the_training_is(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    monkeypatch.setattr(
+        nodes.comfy.utils.ProgressBar,
+        "update_absolute",
+        lambda self, value, total=None, preview=None: told.append((value, total, preview)),
+    )
+    run_node(model, trajectories=48)
+    assert [entry[:2] for entry in told] == [(1, 3), (2, 3), (3, 3)]
+    kind, picture, _ = told[-1][2]
+    assert kind == "JPEG" and picture.width == 256 and np.asarray(picture)[-30:].max() > 200  # the text
+
+
+def test_refused_at_the_node(model: Any) -> None:
+    with pytest.raises(ValueError, match="no name for a file"):
+        run_node(model, name="../mine")
+    with pytest.raises(ValueError, match="a ρ above 0"):
+        run_node(model, rho=-1.0)
