@@ -21,10 +21,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ..kernel import per_sample
 
@@ -73,6 +74,8 @@ def direction(x: Tensor, t: Tensor, denoised: Tensor) -> Tensor:
 
 
 class Solver(Protocol):
+    history: list[Any]
+
     def advance(self, x: Tensor, t: Tensor, t_next: Tensor, denoised: Tensor) -> Tensor:
         """x at `t_next`; `denoised` is that of x at `t`."""
 
@@ -93,7 +96,7 @@ class AdamsBashforth:
 
     def advance(self, x: Tensor, t: Tensor, t_next: Tensor, denoised: Tensor) -> Tensor:
         directions = [direction(x, t, denoised), *self.history][: self.order]
-        self.history = [d.detach() for d in directions]
+        self.history = directions
         weights = self.WEIGHTS[len(directions) - 1]
         return x + per_sample(t_next - t, x) * sum(w * d for w, d in zip(weights, directions, strict=True))
 
@@ -108,7 +111,7 @@ class DPMSolverPP:
     def advance(self, x: Tensor, t: Tensor, t_next: Tensor, denoised: Tensor) -> Tensor:
         past = self.history[: min(self.order, self.left) - 1]
         self.left -= 1
-        self.history = [(t.log().detach(), denoised.detach()), *self.history][:2]
+        self.history = [(t.log(), denoised), *self.history][:2]
         h = (t / t_next).log()
         phi_1 = torch.expm1(-h)
         x_next = per_sample(t_next / t, x) * x - per_sample(phi_1, x) * denoised
@@ -145,6 +148,11 @@ class Student:
             self.solver = AdamsBashforth(min(max_order, ORDERS[name]))
         elif name == "dpmpp":
             self.solver = DPMSolverPP(min(max_order, ORDERS[name]), 2 * intervals)
+
+    def detach(self) -> None:
+        """Lets go of the graphs behind what is remembered."""
+        if self.solver is not None:
+            self.solver.history = tree_map(Tensor.detach, self.solver.history)
 
     def advance(
         self, x: Tensor, t: Tensor, t_next: Tensor, choice: Choice, denoised: Tensor, ask: Ask

@@ -57,6 +57,7 @@ class Plan:
     trajectories: int = 1024
     epochs: int = 1
     batch_size: int = 16
+    endpoint: bool = True
     learning_rate: float = 5e-3
     seed: int = 0
     checkpointing: bool = False
@@ -293,24 +294,36 @@ class _Training:
             _smooth_timesteps(base_model.model_sampling),
         ):
             ask = functools.partial(model, **{**extra_args, "model_options": options})
-            for i, (step, target) in enumerate(zip(steps, targets, strict=True)):
-                comfy.model_management.throw_exception_if_processing_interrupted()
-                t, t_next = (x.new_full((len(x),), value, dtype=torch.float32) for value in (step.t, step.t_next))
-                denoised, features = look(base_model, bottleneck, ask, x, t, settings.afs and i == 0)
-                with recording(self.mutation, checkpointed):
-                    choice = Choice(*(v.to(x.device) for v in self.network(features.cpu(), t.cpu(), t_next.cpu())))
-                    x, d_mid = student.advance(x, t, t_next, choice, denoised, ask)
-                    if step.last:
-                        x = x - per_sample(t_next, x) * d_mid
-                    loss = (x - target).square().mean()
-                    if not loss.requires_grad:
-                        raise RuntimeError(f"{TITLE}: this model runs without gradients here. {REMEDY}")
-                    self.optimizer.zero_grad()
-                    loss.backward()
-                self._step(float(loss), step.t)
-                losses.append(float(loss))
-                x = x.detach() if student.solver is not None else target
-        return losses, x
+            scope = functools.partial(recording, self.mutation, checkpointed)
+            # The graph of a whole trajectory, or of one interval after the other.
+            whole, one = (scope, contextlib.nullcontext) if self.plan.endpoint else (contextlib.nullcontext, scope)
+            with whole():
+                for i, (step, target) in enumerate(zip(steps, targets, strict=True)):
+                    comfy.model_management.throw_exception_if_processing_interrupted()
+                    t, t_next = (x.new_full((len(x),), value, dtype=torch.float32) for value in (step.t, step.t_next))
+                    denoised, features = look(base_model, bottleneck, ask, x, t, settings.afs and i == 0)
+                    with one():
+                        chosen = self.network(features.cpu(), t.cpu(), t_next.cpu())
+                        choice = Choice(*(value.to(x.device) for value in chosen))
+                        x, d_mid = student.advance(x, t, t_next, choice, denoised, ask)
+                        if step.last:
+                            x = x - per_sample(t_next, x) * d_mid
+                        # Not squared: a few trajectories that end in another picture would outweigh all others.
+                        loss = ((x - target).square().flatten(1).mean(1) + 1e-12).sqrt().mean()
+                        if not self.plan.endpoint or step.last:
+                            self._descend(loss, step.t)
+                    losses.append(float(loss))
+                    if not self.plan.endpoint:
+                        student.detach()
+                        x = x.detach() if student.solver is not None else target
+        return losses, x.detach()
+
+    def _descend(self, loss: Tensor, sigma: float) -> None:
+        if not loss.requires_grad:
+            raise RuntimeError(f"{TITLE}: this model runs without gradients here. {REMEDY}")
+        self.optimizer.zero_grad()
+        loss.backward()
+        self._step(float(loss), sigma)
 
     def _step(self, loss: float, sigma: float) -> None:
         gradients = [parameter.grad for parameter in self.predictor.network.parameters()]

@@ -1,0 +1,87 @@
+"""Trains the AMED predictors for Toy Portraits. From the root, with a ComfyUI as in the tests:
+
+    python -m demo.train_amed [STUDENT_NFE …] [--out DIR]      ipndm_4 ipndm_6 ipndm_8 ipndm_5
+
+An odd number of model calls is one with AFS. Runs resume. cfg is 1, and each trajectory has a caption of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    from bootstrap import import_host, import_pack
+
+    import_host(cpu=False)
+    import_pack()
+
+import comfy.samplers
+import torch
+from sphereguide.demo import portraits, toy_portraits
+from sphereguide.samplers.amed import predictor as files
+from sphereguide.samplers.amed.training import Plan, Progress, settings_for, train
+
+FOLDER = toy_portraits.WEIGHTS / "amed"
+SHIPPED = ("ipndm_4", "ipndm_6", "ipndm_8", "ipndm_5")
+SHAPE = (4, 16, 16)
+PLAN = Plan(trajectories=256, epochs=2, batch_size=16)
+CAPTIONS = portraits.VALIDATION_SEEDS[1000:1256]
+TEACHER_STEPS = 15
+"""About as many as the teacher makes in all, whatever the student's."""
+
+
+def recipe(student: str, nfe: int) -> dict[str, Any]:
+    """What `settings_for` takes."""
+    steps = (nfe + 1) // 2
+    return {
+        "teacher": "ipndm",
+        "teacher_points": round(TEACHER_STEPS / steps) - 1,
+        "student": student,
+        "steps": steps,
+        "schedule": "polynomial",
+        "rho": 7.0,
+        "afs": nfe % 2 == 1,
+        "max_order": 4,
+        "scale_dir": 0.1,
+        "scale_time": 0.3,
+        "cfg": 1.0,
+    }
+
+
+def trained(student: str, nfe: int, path: Path) -> None:
+    """Writes the predictor to `path`; what is reached meanwhile lies beside it."""
+    with torch.inference_mode():
+        model, clip, _ = toy_portraits.load()
+
+        def encode(text: str) -> list[Any]:
+            tokens, pooled = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)
+            return [tokens, {"pooled_output": pooled}]
+
+        captions = [encode(portraits.caption(portraits.sample(seed))) for seed in CAPTIONS]
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_cfg(1.0)
+        settings = settings_for(model, **recipe(student, nfe))
+        kept = path.with_suffix(".training.safetensors")
+        best, _ = train(guider, (captions, [encode("")]), SHAPE, settings, PLAN, kept, Progress.log)
+    files.save(best, path)
+    kept.unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=SHIPPED, metavar="STUDENT_NFE")
+    parser.add_argument("--out", type=Path, default=FOLDER)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in options.names:
+        student, nfe = name.split("_")
+        trained(student, int(nfe), options.out / f"toy_portraits_{name}.safetensors")
+
+
+if __name__ == "__main__":
+    main()
