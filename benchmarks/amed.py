@@ -1,6 +1,6 @@
 """How near learned solvers come to where many steps lead, and how good their pictures are, beside all stock samplers.
 
-    python quickstart.py bench amed [--quick] [--json FILE] [--parts rmse frechet overhead]
+    python quickstart.py bench amed [--quick] [--json FILE]
 
 Each trajectory has noise and a caption of its own, which nothing was trained on; cfg is 1. `rmse` is the distance of
 the latents, at sigma 0, to those of 200 steps of Heun's method on 256 trajectories, with the standard error of the
@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
+import json
 import os
 import shutil
 import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -37,18 +39,16 @@ import comfy.samplers  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from result import Result  # noqa: E402
-from sphereguide import host  # noqa: E402
 from sphereguide.demo import judge as judging  # noqa: E402
-from sphereguide.demo import portraits, toy_portraits  # noqa: E402
+from sphereguide.demo import portraits, toy_portraits, train_amed  # noqa: E402
 from sphereguide.samplers.amed import predictor as files  # noqa: E402
 from sphereguide.samplers.amed.sampling import amed_sampler, base_sigmas  # noqa: E402
 from sphereguide.samplers.amed.schedules import time_points  # noqa: E402
-from sphereguide.samplers.amed.students import STUDENTS, AdamsBashforth  # noqa: E402
-from sphereguide.samplers.amed.training import Plan, settings_for, train  # noqa: E402
+from sphereguide.samplers.amed.students import STUDENTS, AdamsBashforth, direction  # noqa: E402
 from sphereguide.samplers.kernel import noise_of  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-SHIPPED = toy_portraits.WEIGHTS / "amed"
+REFERENCE, ALONE = "reference", "ipndm alone"
 NFE, WITH_AFS = (4, 6, 8), (3, 5, 7)
 SHAPE = (4, 16, 16)
 CHUNK = 32
@@ -94,32 +94,287 @@ def loaded() -> tuple[Any, Any, Any, Any]:
 
 def predictor_file(student: str, nfe: int, folder: Path) -> Path:
     """The one that ships, or else where this benchmark keeps its own."""
-    shipped = SHIPPED / f"toy_portraits_{student}_{nfe}.safetensors"
+    shipped = train_amed.FOLDER / f"toy_portraits_{student}_{nfe}.safetensors"
     return shipped if shipped.exists() else folder / shipped.name
 
 
-def trained(student: str, nfe: int, folder: Path) -> Path:
-    """A predictor for `nfe` model calls, odd with AFS: trained if there is none, as those that ship were."""
+def learn(student: str, nfe: int, folder: Path) -> None:
     path = predictor_file(student, nfe, folder)
     if not path.exists():
-        model, _, empty, _ = loaded()
-        with torch.inference_mode():
-            settings = settings_for(model, **recipe(student, nfe))
-            guider = comfy.samplers.CFGGuider(model)
-            guider.set_cfg(1.0)
-            kept = path.with_suffix(".training.safetensors")
-            best, _ = train(guider, (training_prompts(), empty), SHAPE, settings, PLAN, kept)
-            files.save(best, path)
-    return path
+        train_amed.trained(student, nfe, path)
 
 
-def run(sampler: Any, sigmas: Tensor, start: int, count: int) -> Tensor:
-    """Latents of the trajectories from `start` on, `[count, 4, 16, 16]`."""
+def prepared(cell: Cell, folder: Path) -> tuple[comfy.samplers.KSAMPLER, Tensor]:
+    """Sampler and sigmas of a cell."""
+    sampling = loaded()[0].model.model_sampling
+    if cell.learned:
+        predictor = files.load(predictor_file(cell.solver, cell.nfe, folder))
+        return amed_sampler(predictor), base_sigmas(predictor)
+    if cell.solver == ALONE:
+        return comfy.samplers.KSAMPLER(alone, {}, {}), _polynomial(sampling, cell.steps)
+    if cell.solver == REFERENCE:
+        return comfy.samplers.sampler_object("heun"), torch.cat([_polynomial(sampling, cell.steps), torch.zeros(1)])
+    sigmas = comfy.samplers.calculate_sigmas(sampling, cell.schedule, cell.steps)
+    return comfy.samplers.sampler_object(cell.solver), sigmas
+
+
+def _polynomial(sampling: Any, steps: int) -> Tensor:
+    return torch.tensor(
+        time_points(sampling, "polynomial", steps, 7.0, float(sampling.sigma_min), float(sampling.sigma_max))
+    )
+
+
+def alone(
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, callback: Any = None, disable: Any = None
+) -> Tensor:
+    """iPNDM on its own, with a model call a step, and its last direction on to sigma 0."""
+    solver = AdamsBashforth(4)
+    for sigma, sigma_next in itertools.pairwise(sigmas.tolist()):
+        t, t_next = (x.new_full((len(x),), value) for value in (sigma, sigma_next))
+        denoised = model(x, t, **extra_args)
+        d = direction(x, t, denoised)
+        x = solver.advance(x, t, t_next, denoised)
+    return x - sigma_next * d
+
+
+def latents(cell: Cell, start: int, count: int, folder: Path) -> Tensor:
+    """Of the trajectories from `start` on, `[count, 4, 16, 16]`."""
     model, captions, empty, _ = loaded()
     with torch.inference_mode():
+        sampler, sigmas = prepared(cell, folder)
         prompt = torch.cat([tokens for tokens, _ in captions[start : start + count]])
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds([[prompt, {}]], empty)
         guider.set_cfg(1.0)
         noise = torch.stack([noise_of(SHAPE, NOISE, i) for i in range(start, start + count)])
-        return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=start).clone()
+        found = guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=start)
+        return torch.as_tensor(found.numpy().copy())
+
+
+def features(cell: Cell, start: int, count: int, folder: Path) -> Tensor:
+    """What the judge sees in them, `[count, 96]`."""
+    found = latents(cell, start, count, folder)
+    with torch.inference_mode():
+        pictures = loaded()[3].decode(found).movedim(-1, 1).clone()
+    return judge().of(pictures).features
+
+
+@functools.cache
+def judge() -> judging.Judge:
+    return judging.load(toy_portraits.WEIGHTS)
+
+
+def calls(sampler: str, scheduler: str, steps: int) -> int:
+    """How often a stock sampler calls the model."""
+    model, made = loaded()[0].clone(), []
+
+    def count(apply_model: Any, parameters: dict[str, Any]) -> Tensor:
+        made.append(1)
+        return apply_model(parameters["input"], parameters["timestep"], **parameters["c"])
+
+    model.set_model_unet_function_wrapper(count)
+    with torch.inference_mode():
+        sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, scheduler, steps)
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(loaded()[2], loaded()[2])
+        guider.set_cfg(1.0)
+        latent = torch.zeros(1, *SHAPE)
+        guider.sample(latent + 1, latent, comfy.samplers.sampler_object(sampler), sigmas, disable_pbar=True, seed=0)
+    return len(made)
+
+
+def stock(nfe: int) -> list[Cell]:
+    """Every sampler and scheduler, with the most steps that take no more than `nfe` model calls."""
+    found = []
+    for sampler in comfy.samplers.KSampler.SAMPLERS:
+        if sampler == "dpm_adaptive":  # takes as many as it likes
+            continue
+        for scheduler in comfy.samplers.KSampler.SCHEDULERS:
+            fitting = [steps for steps in range(2, nfe + 2) if calls(sampler, scheduler, steps) <= nfe]
+            if fitting:
+                found.append(Cell(sampler, scheduler, False, nfe, max(fitting)))
+    return found
+
+
+def single_threaded() -> None:
+    torch.set_num_threads(1)
+
+
+class Bench:
+    def __init__(self, result: Result, pool: ProcessPoolExecutor, kept: Path, options: argparse.Namespace) -> None:
+        self.result, self.pool, self.kept, self.options = result, pool, kept, options
+        kept.mkdir(parents=True, exist_ok=True)
+        self.reference: Tensor | None = None
+
+    def gathered(self, function: Any, cell: Cell, count: int) -> Tensor:
+        """`function` of the first `count` trajectories: from the disk, where an interrupted run left it."""
+        path = self.kept / f"{function.__name__}_{cell.name}_{count}.npy"
+        if not path.exists():
+            starts = range(0, count, CHUNK)
+            jobs = [self.pool.submit(function, cell, start, min(CHUNK, count - start), self.kept) for start in starts]
+            np.save(path, torch.cat([job.result() for job in jobs]).numpy())
+        return torch.from_numpy(np.load(path))
+
+    def distances(self, cell: Cell, count: int) -> np.ndarray:
+        """How far the latents of each trajectory are off the reference, `[count]`."""
+        if self.reference is None:
+            self.reference = self.gathered(latents, Cell(REFERENCE, "polynomial", False, 2 * FINE, FINE), count)
+        off = self.gathered(latents, cell, count) - self.reference[:count]
+        return off.square().flatten(1).mean(1).sqrt().numpy()
+
+    def row(self, cell: Cell) -> dict[str, Any]:
+        """RMSE, and what else it takes."""
+        row = self.result.find(cell.key)
+        if row is None:
+            each = self.distances(cell, self.options.trajectories)
+            rng = np.random.default_rng(0)
+            again = [rms(each[rng.integers(len(each), size=len(each))]) for _ in range(200)]
+            row = {**cell.key, "rmse": rms(each), "rmse_se": float(np.std(again)), "median": float(np.median(each))}
+            if cell.learned:
+                row["train_seconds"] = files.load(predictor_file(cell.solver, cell.nfe, self.kept)).settings.seconds
+            row |= {"n": len(each)}
+            self.result.add({key: round(v, 5) if isinstance(v, float) else v for key, v in row.items()})
+        print(
+            f"{cell.solver:20}{cell.schedule:14}{'learned' if cell.learned else '':9}{cell.nfe:4} calls   "
+            f"RMSE {row['rmse']:.4f} ± {row['rmse_se']:.4f}   median {row['median']:.4f}",
+            flush=True,
+        )
+        return row
+
+    def best_stock(self, nfe: int) -> list[Cell]:
+        """All of the host on a few trajectories; of the best the rows on all, the nearest first."""
+        listed = self.kept / f"stock_{nfe}.json"
+        if not listed.exists():
+            listed.write_text(json.dumps([asdict(cell) for cell in self.pool.submit(stock, nfe).result()]))
+        cells = [Cell(**cell) for cell in json.loads(listed.read_text())]
+        screened = {cell: rms(self.distances(cell, min(SCREENED, self.options.trajectories))) for cell in cells}
+        finalists = sorted(cells, key=screened.__getitem__)[:FINALISTS]
+        print(f"{len(cells)} stock combinations with {nfe} calls", flush=True)
+        return sorted(finalists, key=lambda cell: self.row(cell)["rmse"])
+
+    def frechet(self, cell: Cell, real: Tensor) -> None:
+        row = self.result.find(cell.key)
+        assert row is not None
+        if "frechet" not in row:
+            found = self.gathered(features, cell, self.options.samples)
+            rng = np.random.default_rng(0)
+            again = [judging.frechet(found[rng.integers(len(found), size=len(found))], real) for _ in range(30)]
+            row["frechet"], row["frechet_se"] = round(judging.frechet(found, real), 4), round(float(np.std(again)), 4)
+            self.result.keep()
+        name = f"{cell.solver:20}{cell.schedule:14}{cell.nfe:4} calls"
+        print(f"{name}   Fréchet {row['frechet']:.3f} ± {row['frechet_se']:.3f}", flush=True)
+
+
+def rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(values**2)))
+
+
+def overhead(predictor: Any) -> float:
+    """Time outside of the model's calls over that in them, for one picture, less what it is with Euler's method."""
+    sampling = loaded()[0].model.model_sampling
+    euler = comfy.samplers.calculate_sigmas(sampling, "normal", predictor.settings.nfe)
+    learned = outside(amed_sampler(predictor), base_sigmas(predictor))
+    return learned - outside(comfy.samplers.sampler_object("euler"), euler)
+
+
+def outside(sampler: comfy.samplers.KSAMPLER, sigmas: Tensor) -> float:
+    """The median of some runs."""
+    spent: list[float] = []
+    shares: list[float] = []
+
+    def called(apply_model: Any, parameters: dict[str, Any]) -> Tensor:
+        started = time.perf_counter()
+        output = apply_model(parameters["input"], parameters["timestep"], **parameters["c"])
+        spent.append(time.perf_counter() - started)
+        return output
+
+    def timed(model: Any, x: Tensor, sigmas: Tensor, callback: Any = None, **options: Any) -> Tensor:
+        spent.clear()
+        started = time.perf_counter()
+        x = sampler.sampler_function(model, x, sigmas, **options)
+        shares.append((time.perf_counter() - started) / sum(spent) - 1)
+        return x
+
+    model, captions, empty, _ = loaded()
+    model = model.clone()
+    model.set_model_unet_function_wrapper(called)
+    with torch.inference_mode():
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds([captions[0]], empty)
+        guider.set_cfg(1.0)
+        latent = torch.zeros(1, *SHAPE)
+        for seed in range(15):
+            run = comfy.samplers.KSAMPLER(timed, {}, {})
+            guider.sample(latent + 1, latent, run, sigmas, disable_pbar=True, seed=seed)
+    return float(np.median(shares))
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), dpi=100, layout="constrained")
+    for axes, value, title in zip(
+        figure.subplots(1, 2), ("rmse", "frechet"), ("RMSE to 200 Heun steps", "Fréchet distance"), strict=True
+    ):
+        known = [row for row in rows if value in row]
+        for learned, even, label in ((True, 0, "AMED, iPNDM"), (True, 1, "AMED, iPNDM, AFS"), (False, 0, ALONE)):
+            solver = ALONE if not learned else "ipndm"
+            points = [
+                (row["nfe"], row[value])
+                for row in known
+                if row["learned"] == learned and row["solver"] == solver and row["nfe"] % 2 == even
+            ]
+            if points:
+                axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=label)
+        best = {}
+        for row in known:
+            if not row["learned"] and row["solver"] != ALONE:
+                best[row["nfe"]] = min(best.get(row["nfe"], np.inf), row[value])
+        axes.plot(
+            *zip(*sorted(best.items()), strict=True), marker="s", markersize=4, color="#666666", label="best stock"
+        )
+        axes.set(title=title, xlabel="model calls", ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="4 calls, few trajectories: shows that it runs")
+    parser.add_argument("--json", type=Path, help="where to write the rows; a plot goes beside it")
+    parser.add_argument("--trajectories", type=int, default=TRAJECTORIES)
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    options = parser.parse_args()
+    learned = [("ipndm", nfe) for nfe in (*NFE, *WITH_AFS)] + [(name, 6) for name in STUDENTS if name != "ipndm"]
+    calls_of = NFE
+    if options.quick:
+        learned, calls_of, options.trajectories, options.samples = [("ipndm", 4)], NFE[:1], 16, 64
+    settings = {"cfg": 1.0, "trajectories": options.trajectories, "samples": options.samples, "fine": FINE}
+    result = Result("amed", settings, options.json)
+    kept = options.json.with_suffix(".partial") if options.json else Path(tempfile.mkdtemp())
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn"), single_threaded) as pool:
+        bench = Bench(result, pool, kept, options)
+        for job in [pool.submit(learn, *one, kept) for one in learned]:
+            job.result()
+        compared = [Cell(name, "polynomial", True, nfe, (nfe + 1) // 2) for name, nfe in learned]
+        alone_cells = [Cell(ALONE, "polynomial", False, nfe, nfe) for nfe in calls_of]
+        for cell in (*compared, *alone_cells):
+            bench.row(cell)
+        stock_cells = [cell for nfe in calls_of for cell in bench.best_stock(nfe)[:BEST_STOCK]]
+        real = judge().of(
+            judging.to_tensor(portraits.dataset(portraits.TEST_SEEDS[SAMPLES : SAMPLES + REFERENCES])["images"])
+        )
+        for cell in (*(cell for cell in compared if cell.solver == "ipndm"), *alone_cells, *stock_cells):
+            bench.frechet(cell, real.features)
+    share = overhead(files.load(predictor_file("ipndm", learned[0][1], kept)))
+    print(f"Of the time of a model call, beyond what euler takes: {share:.2%}")
+    result.add({"solver": "overhead", "ratio": round(share, 5)})
+    result.finish()
+    if options.json:
+        draw([row for row in result.rows if "rmse" in row], options.json.with_suffix(".png"))
+        shutil.rmtree(kept)
+
+
+if __name__ == "__main__":
+    main()

@@ -48,6 +48,9 @@ class Result:
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
+        self.keep()
+
+    def keep(self) -> None:
         if self.partial:
             self.partial.parent.mkdir(parents=True, exist_ok=True)
             self.partial.write_text(json.dumps({**self.head, "rows": self.rows}))

@@ -21,7 +21,7 @@ from ..samplers.amed.predictor import AMEDPredictor, AMEDSettings
 from ..samplers.amed.sampling import amed_sampler, base_sigmas, expanded_sigmas, mismatches, probed_midpoints
 from ..samplers.amed.schedules import SCHEDULES
 from ..samplers.amed.students import STUDENTS
-from ..samplers.amed.training import PUBLISHED, TEACHERS, History, Plan, Progress, settings_for, train
+from ..samplers.amed.training import OBJECTIVES, PUBLISHED, TEACHERS, History, Plan, Progress, settings_for, train
 from .figure import drawn, new_figure
 
 if TYPE_CHECKING:
@@ -194,6 +194,15 @@ class AMEDTrain:
                         "min": 1,
                         "max": 1024,
                         "tooltip": "Trajectories at once. Each takes the memory of a guided picture.",
+                    },
+                ),
+                "objective": (
+                    list(OBJECTIVES),
+                    {
+                        "tooltip": (
+                            "endpoint: that the finished latents are right. each point: that they are at every time "
+                            "point, one after the other, as published; a part of the memory, and less good here."
+                        )
                     },
                 ),
                 "learning_rate": (
@@ -444,8 +453,8 @@ def said(predictor: AMEDPredictor) -> str:
     )
     middles = ", ".join(f"{sigma:.3g}" for sigma in settings.midpoints)
     return (
-        f"{settings.student} with {settings.nfe} model calls comes out {settings.error:.4g} (RMSE) off its teacher, on "
-        f"noise that it was not trained on. {worth}\nBetween sigma "
+        f"{settings.student} with {settings.nfe} model calls comes out {settings.error:.4g} (RMSE of a sample) off "
+        f"its teacher, on noise that it was not trained on. {worth}\nBetween sigma "
         f"{', '.join(f'{sigma:.3g}' for sigma in settings.sigmas)} it asks at {middles} on the average."
     )
 
@@ -462,7 +471,7 @@ def curves(history: History, settings: AMEDSettings, figure: Figure) -> Tensor:
     errors.plot(iterations, found, marker=".", color="#2f7fb8", label=f"{settings.student} with predictor")
     if math.isfinite(history.student_error):
         errors.axhline(history.student_error, color="#c4553b", label=f"{settings.student} alone")
-    errors.set(title="off the teacher (RMSE of the latents, other noise)", xlabel="iteration", ylim=(0, None))
+    errors.set(title="off the teacher (RMSE of a sample, other noise)", xlabel="iteration", ylim=(0, None))
     for axes in (losses, errors):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)

@@ -18,7 +18,14 @@ from sphereguide.demo.run import RESTORED, STEERED, load, node_of, unguided
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
-NOT_IN_DEMO = {"toy_strength_sweep", "toy_epsilon_scaling", "toy_calibrate"}  # they take long
+NOT_IN_DEMO = {  # they take long, or need a checkpoint
+    "sd15_amed_train",
+    "toy_amed_sample",
+    "toy_amed_train",
+    "toy_calibrate",
+    "toy_epsilon_scaling",
+    "toy_strength_sweep",
+}
 PAGE_ONLY = {"Note", "Reroute"}
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 
@@ -186,6 +193,31 @@ def test_the_calibration_draws_its_curves(comfy_server: ComfyServer) -> None:
     short(prompt)
     (curves,) = load(comfy_server.images(comfy_server.run(prompt), node_of(prompt, "SaveImage")))
     assert curves.shape == (400, 1200, 3) and curves.std() > 10
+
+
+@pytest.mark.server
+def test_a_predictor_is_trained_saved_and_drawn_with(comfy_server: ComfyServer) -> None:
+    prompt = read("api", "toy_amed_train.json")
+    train, save = (node_of(prompt, f"SphereGuideAMED{name}") for name in ("Train", "Save"))
+    prompt[train]["inputs"] |= {"trajectories": 4, "batch_size": 4, "epochs": 1, "steps": 1, "name": "tests/kept"}
+    prompt[save]["inputs"]["name"] = "tests/saved"
+    run = comfy_server.run(prompt)
+    pictures = np.array(load(comfy_server.images(run, node_of(prompt, "SaveImage"))))
+    assert pictures.shape == (4, 128, 128, 3) and pictures.std((1, 2, 3)).min() > 10
+    assert "ipndm with 2 model calls" in run.outputs[train]["text"][0]
+    names = comfy_server.get_json("/object_info/SphereGuideAMEDLoad")["SphereGuideAMEDLoad"]["input"]["required"][
+        "name"
+    ][0]
+    assert {"tests/kept.training.safetensors", "tests/saved.safetensors"} <= set(names)
+
+
+@pytest.mark.server
+def test_six_learned_calls_come_nearer_to_fifty_than_six_stock_ones(comfy_server: ComfyServer) -> None:
+    prompt = read("api", "toy_amed_sample.json")
+    run = comfy_server.run(prompt)
+    pictures = np.array(load(comfy_server.images(run, node_of(prompt, "SaveImage"))), dtype=float)
+    learned, stock, fifty = pictures.reshape(3, 4, *pictures.shape[1:])
+    assert np.abs(learned - fifty).mean() < np.abs(stock - fifty).mean()
 
 
 def short(prompt: dict[str, Any]) -> None:

@@ -37,6 +37,10 @@ class Type:
 TYPES = {
     "BasicScheduler": Type({"model": "MODEL"}, {"SIGMAS": "SIGMAS"}),
     "CLIPTextEncode": Type({"clip": "CLIP"}, {"CONDITIONING": "CONDITIONING"}),
+    "CheckpointLoaderSimple": Type({}, {"MODEL": "MODEL", "CLIP": "CLIP", "VAE": "VAE"}),
+    "ConditioningCombine": Type(
+        {"conditioning_1": "CONDITIONING", "conditioning_2": "CONDITIONING"}, {"CONDITIONING": "CONDITIONING"}
+    ),
     "EmptyLatentImage": Type({}, {"LATENT": "LATENT"}),
     "KSamplerSelect": Type({}, {"SAMPLER": "SAMPLER"}),
     "LoadImage": Type({}, {"IMAGE": "IMAGE", "MASK": "MASK"}),
@@ -70,6 +74,23 @@ TYPES = {
             "vae": "VAE",
         },
         {"latent": "LATENT", "trace": "GUIDANCE_TRACE"},
+    ),
+    "SphereGuideAMEDLoad": Type({}, {"predictor": "AMED_PREDICTOR", "about": "STRING"}),
+    "SphereGuideAMEDSampler": Type({"predictor": "AMED_PREDICTOR"}, {"sampler": "SAMPLER"}),
+    "SphereGuideAMEDSave": Type({"predictor": "AMED_PREDICTOR"}),
+    "SphereGuideAMEDScheduler": Type(
+        {
+            "predictor": "AMED_PREDICTOR",
+            "model": "MODEL",
+            "positive": "CONDITIONING",
+            "negative": "CONDITIONING",
+            "latent": "LATENT",
+        },
+        {"sigmas": "SIGMAS"},
+    ),
+    "SphereGuideAMEDTrain": Type(
+        {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT"},
+        {"predictor": "AMED_PREDICTOR", "curves": "IMAGE", "report": "STRING"},
     ),
     "SphereGuideCLIPTextLoss": Type({"open_clip_model": "OPEN_CLIP_MODEL"}, {"loss": "GUIDANCE_LOSS"}),
     "SphereGuideCombineLosses": Type(
@@ -618,6 +639,56 @@ def calibrate(name: str, note: str) -> Workflow:
     return Workflow({**calibration(note), "save": save}, groups)
 
 
+Wire = tuple[str, str]
+
+
+def sampling(at: tuple[int, int], cfg: float, sampler: Wire, sigmas: Wire, title: str) -> Node:
+    return Node(
+        "SamplerCustom",
+        at,
+        (300, 442),
+        {"add_noise": True, "noise_seed": 7, "cfg": cfg},
+        {
+            "model": ("toy", "MODEL"),
+            "positive": ("positive", "CONDITIONING"),
+            "negative": ("negative", "CONDITIONING"),
+            "sampler": sampler,
+            "sigmas": sigmas,
+            "latent_image": ("latent", "LATENT"),
+        },
+        title,
+    )
+
+
+def compared(name: str, runs: dict[str, tuple[Wire, Wire]], title: str) -> dict[str, Node]:
+    """The same seeds through three (sampler, sigmas), from x = 1980 on, and their pictures in one batch."""
+    nodes = {
+        f"sample {place}": sampling((1980 + 340 * place, 0), 1.0, *wires, title)
+        for place, (title, wires) in enumerate(runs.items())
+    }
+    for place in (1, 2):
+        before = ("sample 0", "output") if place == 1 else ("batch 1", "LATENT")
+        nodes[f"batch {place}"] = Node(
+            "LatentBatch",
+            (1980 + 340 * place, 560),
+            (300, 60),
+            {},
+            {"samples1": before, "samples2": (f"sample {place}", "output")},
+        )
+    nodes["decode"] = Node(
+        "VAEDecode", (3020, 560), (200, 60), {}, {"samples": ("batch 2", "LATENT"), "vae": ("vae of result", "")}
+    )
+    nodes["save"] = Node(
+        "SaveImage",
+        (3280, 0),
+        (640, 560),
+        {"filename_prefix": f"sphereguide/{name}"},
+        {"images": ("decode", "IMAGE")},
+        title,
+    )
+    return nodes
+
+
 def side_by_side(name: str, b: float, note: str) -> Workflow:
     """The same seeds without correction, with a uniform one, and with what the calibration found."""
     settings = {"start_percent": 0.0, "end_percent": 1.0}
@@ -643,44 +714,10 @@ def side_by_side(name: str, b: float, note: str) -> Workflow:
             "Calibrated",
         ),
     }
-    for place, (title, sampler) in enumerate(
-        {"Off": ("select", "SAMPLER"), "Uniform": ("uniform", "sampler"), "Calibrated": ("measured", "sampler")}.items()
-    ):
-        nodes[f"sample {place}"] = Node(
-            "SamplerCustom",
-            (1980 + 340 * place, 0),
-            (300, 442),
-            {"add_noise": True, "noise_seed": 7, "cfg": 1.0},
-            {
-                "model": ("toy", "MODEL"),
-                "positive": ("positive", "CONDITIONING"),
-                "negative": ("negative", "CONDITIONING"),
-                "sampler": sampler,
-                "sigmas": ("schedule", "SIGMAS"),
-                "latent_image": ("latent", "LATENT"),
-            },
-            title,
-        )
-    for place in (1, 2):
-        before = ("sample 0", "output") if place == 1 else ("batch 1", "LATENT")
-        nodes[f"batch {place}"] = Node(
-            "LatentBatch",
-            (1980 + 340 * place, 560),
-            (300, 60),
-            {},
-            {"samples1": before, "samples2": (f"sample {place}", "output")},
-        )
-    nodes["decode"] = Node(
-        "VAEDecode", (3020, 560), (200, 60), {}, {"samples": ("batch 2", "LATENT"), "vae": ("vae of result", "")}
-    )
-    nodes["save"] = Node(
-        "SaveImage",
-        (3280, 0),
-        (640, 560),
-        {"filename_prefix": f"sphereguide/{name}"},
-        {"images": ("decode", "IMAGE")},
-        "Off, uniform, calibrated: four of each",
-    )
+    steps = ("schedule", "SIGMAS")
+    off, uniform, measured = ("select", "SAMPLER"), ("uniform", "sampler"), ("measured", "sampler")
+    runs = {"Off": (off, steps), "Uniform": (uniform, steps), "Calibrated": (measured, steps)}
+    nodes |= compared(name, runs, "Off, uniform, calibrated: four of each")
     nodes["curves"] = Node(
         "PreviewImage", (1980, 720), (640, 280), {}, {"images": ("calibrate", "curves")}, "What was measured"
     )
@@ -691,6 +728,180 @@ def side_by_side(name: str, b: float, note: str) -> Workflow:
         Group("Side by side", (3000, -80, 940, 720), "#A88"),
     ]
     return Workflow(nodes, groups)
+
+
+def few_calls(name: str, note: str) -> Workflow:
+    """A learned solver beside a stock one of as many model calls, and of fifty."""
+    model = ("toy", "MODEL")
+    nodes = {
+        "note": Node("Note", (0, 0), (320, 560), {"text": paragraphs(note)}, title="What this does"),
+        "toy": Node("SphereGuideToyPortraits", (380, 0), (250, 70), title="Load Toy Portraits"),
+        **prompts("comic portrait of a smiling person with long red hair, wearing round glasses, teal background"),
+        "latent": Node("EmptyLatentImage", (1130, 0), (300, 110), {"width": 128, "height": 128, "batch_size": 4}),
+        "load": Node(
+            "SphereGuideAMEDLoad",
+            (1130, 240),
+            (300, 90),
+            {"name": "toy_portraits_ipndm_6.safetensors"},
+            title="Predictor",
+        ),
+        "amed sigmas": Node(
+            "SphereGuideAMEDScheduler",
+            (1580, 0),
+            (300, 130),
+            {"points": "base"},
+            {"predictor": ("load", "predictor"), "model": model},
+            "Its steps",
+        ),
+        "amed": Node("SphereGuideAMEDSampler", (1580, 240), (300, 60), {}, {"predictor": ("load", "predictor")}),
+        "select": Node("KSamplerSelect", (1580, 480), (300, 60), {"sampler_name": "dpmpp_2m"}, title="Stock sampler"),
+        "six": Node(
+            "BasicScheduler",
+            (1580, 620),
+            (300, 110),
+            {"scheduler": "sgm_uniform", "steps": 6, "denoise": 1.0},
+            {"model": model},
+            "Six steps",
+        ),
+        "fifty": Node(
+            "BasicScheduler",
+            (1580, 800),
+            (300, 110),
+            {"scheduler": "karras", "steps": 50, "denoise": 1.0},
+            {"model": model},
+            "Fifty steps",
+        ),
+        "vae": Node("Reroute", (900, 1040), (75, 26), {}, {"": ("toy", "VAE")}),
+        "vae of result": Node("Reroute", (2700, 1040), (75, 26), {}, {"": ("vae", "")}),
+        **compared(
+            name,
+            {
+                "AMED, 6 calls": (("amed", "sampler"), ("amed sigmas", "sigmas")),
+                "Stock, 6 calls": (("select", "SAMPLER"), ("six", "SIGMAS")),
+                "Stock, 50 calls": (("select", "SAMPLER"), ("fifty", "SIGMAS")),
+            },
+            "AMED with 6 calls, stock with 6, stock with 50: four of each",
+        ),
+    }
+    groups = [
+        Group("Model and prompt", (360, -80, 720, 530), "#3f789e"),
+        Group("What was learnt", (1110, -80, 360, 430), "#b06634"),
+        Group("Learned solver", (1560, -80, 340, 400), "#b58b2a"),
+        Group("Stock sampler", (1560, 400, 340, 530), "#88A"),
+        Group("The same seeds", (1960, -80, 1020, 540), "#8A8"),
+        Group("Side by side", (3000, -80, 940, 720), "#A88"),
+    ]
+    return Workflow(nodes, groups)
+
+
+def taught(
+    name: str, model: dict[str, Node], size: int, settings: dict[str, Any], called: str, prompt: Wire, note: str
+) -> Workflow:
+    """Trains a predictor, saves it, and draws with it. `model` has the nodes "toy", "positive" and "negative"."""
+    training = {
+        "cfg": 1.0,
+        "student": "ipndm",
+        "steps": 3,
+        "schedule": "polynomial",
+        "rho": 0.0,
+        "afs": False,
+        "max_order": 4,
+        "scale_dir": 0.1,
+        "scale_time": 0.3,
+        "teacher": "ipndm",
+        "teacher_points": 4,
+        "trajectories": 128,
+        "epochs": 2,
+        "batch_size": 16,
+        "objective": "endpoint",
+        "learning_rate": 0.005,
+        "training_seed": 0,
+        "name": called,
+        "checkpointing": False,
+        **settings,
+    }
+    nodes = {
+        "note": Node("Note", (0, 0), (320, 560), {"text": paragraphs(note)}, title="What this does"),
+        **model,
+        "latent": Node("EmptyLatentImage", (1130, 0), (300, 110), {"width": size, "height": size, "batch_size": 4}),
+        "train": Node(
+            "SphereGuideAMEDTrain",
+            (1130, 240),
+            (360, 720),
+            training,
+            {
+                "model": ("toy", "MODEL"),
+                "positive": prompt,
+                "negative": ("negative", "CONDITIONING"),
+                "latent": ("latent", "LATENT"),
+            },
+        ),
+        "keep": Node(
+            "SphereGuideAMEDSave", (1600, 0), (300, 60), {"name": called}, {"predictor": ("train", "predictor")}
+        ),
+        "curves": Node("PreviewImage", (1600, 560), (640, 300), {}, {"images": ("train", "curves")}, "How it learnt"),
+        "sigmas": Node(
+            "SphereGuideAMEDScheduler",
+            (1600, 190),
+            (300, 130),
+            {"points": "base"},
+            {"predictor": ("train", "predictor"), "model": ("toy", "MODEL")},
+            "Its steps",
+        ),
+        "amed": Node("SphereGuideAMEDSampler", (1600, 400), (300, 60), {}, {"predictor": ("train", "predictor")}),
+        "sample": sampling((1960, 0), training["cfg"], ("amed", "sampler"), ("sigmas", "sigmas"), "Few model calls"),
+        "decode": Node("VAEDecode", (2320, 0), (200, 60), {}, {"samples": ("sample", "output"), "vae": ("toy", "VAE")}),
+        "save": Node(
+            "SaveImage",
+            (2580, 0),
+            (500, 500),
+            {"filename_prefix": f"sphereguide/{name}"},
+            {"images": ("decode", "IMAGE")},
+            "Drawn with it",
+        ),
+    }
+    groups = [
+        Group("Model and prompt", (360, -80, 720, 1060), "#3f789e"),
+        Group("Learning", (1110, -80, 400, 1060), "#b06634"),
+        Group("What was learnt", (1580, -80, 340, 560), "#b58b2a"),
+        Group("In use", (1940, -80, 1160, 600), "#8A8"),
+    ]
+    return Workflow(nodes, groups)
+
+
+def checkpoint() -> dict[str, Node]:
+    """A real checkpoint, three prompts that take turns, and a negative one."""
+    texts = {
+        "positive": "portrait photo of an old fisherman, soft light",
+        "second": "a mountain lake at dawn, pine forest, oil painting",
+        "third": "a red vintage car in a narrow street, rain",
+        "negative": "blurry, low quality",
+    }
+    nodes = {
+        "toy": Node(
+            "CheckpointLoaderSimple",
+            (380, 0),
+            (300, 100),
+            {"ckpt_name": "v1-5-pruned-emaonly.safetensors"},
+            title="Checkpoint",
+        )
+    }
+    for place, (key, text) in enumerate(texts.items()):
+        title = "Negative prompt" if key == "negative" else f"Prompt {place + 1}"
+        nodes[key] = Node(
+            "CLIPTextEncode", (380, 180 + 155 * place), (300, 100), {"text": text}, {"clip": ("toy", "CLIP")}, title
+        )
+    for place, key in enumerate(("second", "third")):
+        before = ("positive" if place == 0 else "prompts 0", "CONDITIONING")
+        nodes[f"prompts {place}"] = Node(
+            "ConditioningCombine",
+            (750, 260 + 155 * place),
+            (250, 60),
+            {},
+            {"conditioning_1": before, "conditioning_2": (key, "CONDITIONING")},
+            "Take turns",
+        )
+    return nodes
 
 
 RESTORATION = f"""
@@ -900,6 +1111,71 @@ Turn these:
 - b (Uniform): above 1 gives detail, then grain; below 1 smooths.
 - steps (Steps), sampler_name (Sampler): each recipe needs a correction of its own. More steps need less.
 - noise_seed in all three: other portraits.""",
+    ),
+    "toy_amed_sample": few_calls(
+        "amed_sample",
+        """
+A sampler of few steps goes wrong since it asks the model at the wrong times. AMED has learnt, for this model, where
+to ask. Here: four portraits of six model calls with a learned solver, of six with a stock sampler, and of fifty with
+it. The first row should look like the last.
+
+Queue.
+
+Turn these:
+- name (Predictor): toy_portraits_ipndm_4 and 8 make four and eight calls. Give Six steps as many.
+- sampler_name and scheduler (Stock sampler): is there one that does as well?
+- noise_seed in all three: other portraits.
+- points (Its steps): expanded, with euler in place of AMED Sampler, is the same schedule for stock samplers.""",
+    ),
+    "toy_amed_train": taught(
+        "amed_train",
+        {
+            "toy": Node("SphereGuideToyPortraits", (380, 0), (250, 70), title="Load Toy Portraits"),
+            **prompts("comic portrait of a smiling person with long red hair, wearing round glasses, teal background"),
+        },
+        128,
+        {},
+        "toy_try",
+        ("positive", "CONDITIONING"),
+        """
+Teaches a predictor for Toy Portraits: where a sampler of six model calls should ask, to come out where one of many
+does. Then draws four portraits with it.
+
+Queue: some minutes on a computer without a GPU. Cancel keeps the best so far, and queueing again goes on from there.
+
+Turn these:
+- steps (Train AMED Predictor): each is two model calls.
+- trajectories and epochs: more learn better, and take longer.
+- student: amed is AMED-Solver, the others are AMED-Plugin on a known solver.
+- cfg: the one that you will draw with, in the sampler too.""",
+    ),
+    "sd15_amed_train": taught(
+        "sd15_amed_train",
+        checkpoint(),
+        512,
+        {
+            "cfg": 7.0,
+            "scale_dir": 0.01,
+            "scale_time": 0.2,
+            "schedule": "discrete",
+            "trajectories": 512,
+            "batch_size": 4,
+        },
+        "sd15_ipndm_6",
+        ("prompts 1", "CONDITIONING"),
+        """
+Teaches a predictor for a checkpoint of Stable Diffusion 1.5: choose yours on the left. The three prompts take turns
+while it learns; put kinds of pictures there that you will ask for.
+
+Queue. It needs a GPU with much memory: turn on checkpointing, lower batch_size or set objective to each point, where
+that is too little. Cancel keeps the best so far, and queueing again goes on from there.
+
+Turn these:
+- steps (Train AMED Predictor): each is two model calls, doubled by cfg as always.
+- cfg: the one that you will draw with, in the sampler too. Each needs a predictor of its own.
+- trajectories: the paper takes 5000.
+
+Then: Load AMED Predictor, AMED Scheduler and AMED Sampler, as in toy_amed_sample.""",
     ),
     "toy_calibrate": calibrate(
         "calibrate",

@@ -43,6 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trajectories", type=int, default=1024)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--objective", default="endpoint", help="endpoint, or each point, as published")
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpointing", action="store_true", help="less memory, more time")
@@ -109,6 +110,7 @@ def main() -> None:
             options.trajectories,
             options.epochs,
             options.batch_size,
+            options.objective,
             options.learning_rate,
             options.seed,
             options.checkpointing,

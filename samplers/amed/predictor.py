@@ -83,8 +83,8 @@ class AMEDSettings:
     cfg          of the training
     model_hash   `fingerprint` of the model; empty for unknown
     midpoints    the mean t_mid of each interval, along trajectories that training did not see
-    error, student_error   endpoint RMSE to the teacher there, and that of the student alone
-    trajectories   how many it was trained on
+    error, student_error   mean RMSE of a sample to the teacher's there, and that of the student alone
+    trajectories, seconds   how many it was trained on, and how long
     """
 
     student: str
@@ -103,6 +103,7 @@ class AMEDSettings:
     error: float = math.nan
     student_error: float = math.nan
     trajectories: int = 0
+    seconds: float = field(default=0.0, compare=False)
 
     def __post_init__(self) -> None:
         if self.student not in ORDERS:

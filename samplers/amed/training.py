@@ -1,9 +1,15 @@
 """The distillation that trains a predictor (arXiv 2312.00094, algorithm 1).
 
-A teacher with `teacher_points` more points in each interval gives the state at each time point. At each of them the
-predictor takes a step of Adam on the squared distance between its student's state and the teacher's: a student of one
-step begins each interval at the teacher's state, one of several steps goes on from its own. The last state is taken on
-to sigma 0, where ComfyUI's samplers end: the teacher's with a model call, the student's along its last direction.
+A teacher with `teacher_points` more points in each interval gives the state at each time point.
+
+    each point   At each of them the predictor takes a step of Adam on how far its student's state is off the teacher's:
+                 as published. A student of one step begins each interval at the teacher's state, one of several steps
+                 goes on from its own.
+    endpoint     One step of Adam on how far the last state is off, through all of the student's model calls. What is
+                 best for one time point is not for those that follow, least where directions are remembered.
+
+The last state is taken on to sigma 0, where ComfyUI's samplers end: the teacher's with a model call, the student's
+along its last direction.
 """
 
 from __future__ import annotations
@@ -31,7 +37,17 @@ from .sampling import base_sigmas, intervals, look, sampled
 from .schedules import RHO, time_points
 from .students import ORDERS, AdamsBashforth, Choice, DPMSolverPP, Solver, Student, classical, heun
 
-__all__ = ["PUBLISHED", "TEACHERS", "History", "Plan", "Progress", "settings_for", "teacher_states", "train"]
+__all__ = [
+    "OBJECTIVES",
+    "PUBLISHED",
+    "TEACHERS",
+    "History",
+    "Plan",
+    "Progress",
+    "settings_for",
+    "teacher_states",
+    "train",
+]
 
 log = logging.getLogger("sphereguide")
 
@@ -40,6 +56,7 @@ REMEDY = "Train with a workflow that has none of it."
 TEACHERS = ("heun", "ipndm", "dpmpp")
 PUBLISHED = "as published"
 """The authors' teacher: Heun with one point more, of ipndm and dpmpp themselves with two."""
+OBJECTIVES = ("endpoint", "each point")
 JUDGED = 64
 """Trajectories that are not trained on, by which the best predictor is known."""
 SAVE_SECONDS = 60.0
@@ -52,12 +69,13 @@ class Plan:
     trajectories    how many different noises; 10 000 in the paper, 5 000 for Stable Diffusion
     epochs          passes over them; with several, the teacher's states are kept in memory
     batch_size      trajectories a step of Adam
+    objective       one of OBJECTIVES: a step of Adam for a whole trajectory, or one for each time point
     """
 
     trajectories: int = 1024
     epochs: int = 1
     batch_size: int = 16
-    endpoint: bool = True
+    objective: str = "endpoint"
     learning_rate: float = 5e-3
     seed: int = 0
     checkpointing: bool = False
@@ -76,8 +94,8 @@ class Plan:
 class History:
     """What happened so far.
 
-    losses    of each iteration, the mean squared distance at each time point
-    errors    `(iteration, endpoint RMSE)` on trajectories that are not trained on
+    losses    of each iteration, the mean RMSE of a sample at each time point
+    errors    `(iteration, the same at the end)` on trajectories that are not trained on
     student_error   the same of the student without a predictor
     """
 
@@ -189,11 +207,15 @@ class _Training:
                 f"{TITLE}: {plan.trajectories} trajectories in batches of {plan.batch_size}, {plan.epochs} times, by "
                 f"{self.world} processes: there must be a batch at least, and each process must have an equal part."
             )
+        if plan.objective not in OBJECTIVES:
+            raise ValueError(f"{TITLE}: there is no objective '{plan.objective}'. There are: {', '.join(OBJECTIVES)}.")
         self.guider, self.prompts, self.shape, self.plan = guider, prompts, shape, plan
         self.settings, self.kept, self.progress = settings, kept, progress
         self.sigmas = base_sigmas(AMEDPredictor.untrained(settings))
         self.history, self.iteration = History(), 0
+        self.endpoint = plan.objective == "endpoint"
         self.mutation = False
+        self.seconds = 0.0
         self.teacher_cache: dict[tuple[int, int], list[Tensor]] = {}
         with torch.inference_mode(False):
             self.predictor = AMEDPredictor.untrained(settings, plan.seed)
@@ -207,6 +229,7 @@ class _Training:
     def run(self) -> tuple[AMEDPredictor, History]:
         self._resume()
         started, first, saved = time.monotonic(), self.iteration, time.monotonic()
+        earlier = self.seconds
         try:
             if not self.history.errors:
                 self._judge()
@@ -217,6 +240,7 @@ class _Training:
                 if self.iteration % self.plan.looks == 0 or self.iteration == self.plan.iterations:
                     self._judge()
                 passed = time.monotonic() - started
+                self.seconds = earlier + passed
                 left = passed / (self.iteration - first) * (self.plan.iterations - self.iteration)
                 self.progress(Progress(self.iteration, self.plan.iterations, self.history, left, latents))
                 if time.monotonic() - saved > SAVE_SECONDS:
@@ -229,7 +253,7 @@ class _Training:
 
     def _result(self) -> AMEDPredictor:
         trained = min(self.iteration * self.plan.batch_size, self.plan.trajectories)
-        return replace(self.best, settings=replace(self.best.settings, trajectories=trained))
+        return replace(self.best, settings=replace(self.best.settings, trajectories=trained, seconds=self.seconds))
 
     def _batch(self, iteration: int) -> list[int]:
         """Which trajectories: each once an epoch, in an order of its own; of those this process's part."""
@@ -296,7 +320,7 @@ class _Training:
             ask = functools.partial(model, **{**extra_args, "model_options": options})
             scope = functools.partial(recording, self.mutation, checkpointed)
             # The graph of a whole trajectory, or of one interval after the other.
-            whole, one = (scope, contextlib.nullcontext) if self.plan.endpoint else (contextlib.nullcontext, scope)
+            whole, one = (scope, contextlib.nullcontext) if self.endpoint else (contextlib.nullcontext, scope)
             with whole():
                 for i, (step, target) in enumerate(zip(steps, targets, strict=True)):
                     comfy.model_management.throw_exception_if_processing_interrupted()
@@ -308,12 +332,11 @@ class _Training:
                         x, d_mid = student.advance(x, t, t_next, choice, denoised, ask)
                         if step.last:
                             x = x - per_sample(t_next, x) * d_mid
-                        # Not squared: a few trajectories that end in another picture would outweigh all others.
-                        loss = ((x - target).square().flatten(1).mean(1) + 1e-12).sqrt().mean()
-                        if not self.plan.endpoint or step.last:
+                        loss = _distances(x, target).mean()
+                        if not self.endpoint or step.last:
                             self._descend(loss, step.t)
                     losses.append(float(loss))
-                    if not self.plan.endpoint:
+                    if not self.endpoint:
                         student.detach()
                         x = x.detach() if student.solver is not None else target
         return losses, x.detach()
@@ -340,7 +363,7 @@ class _Training:
     # -- what it is judged by
 
     def _judge(self) -> None:
-        """Endpoint RMSE on trajectories that are not trained on; keeps the predictor if it is the best."""
+        """On trajectories that are not trained on; keeps the predictor if it is the best."""
         predictor = AMEDPredictor(self.predictor.network, self.settings)
         if not self.history.errors:
             self.history.student_error, _ = self._error(predictor, None)
@@ -355,9 +378,9 @@ class _Training:
     def _error(
         self, predictor: AMEDPredictor, chooser: Callable[..., Choice] | None
     ) -> tuple[float, tuple[float, ...]]:
-        """RMSE of the latents, and the mean t_mid of each interval; without a chooser those of the student alone."""
+        """Mean distance at the end, mean t_mid of each interval; without a chooser those of the student alone."""
         mine = list(range(JUDGED))[self.rank :: self.world]
-        squares, middles = [], []
+        found, middles = [], []
 
         def function(model: Any, x: Tensor, extra_args: Any, recording: Any, targets: list[Tensor]) -> None:
             def choose(features: Tensor, t: Tensor, t_next: Tensor) -> Choice:
@@ -366,13 +389,13 @@ class _Training:
                 return choice
 
             latents = sampled(predictor, choose, model, x, self.sigmas, extra_args)
-            squares.append((latents - targets[-1]).square().flatten(1).mean(1))
+            found.append(_distances(latents, targets[-1]))
 
         for start in range(0, len(mine), self.plan.batch_size):
             self._run(1, mine[start : start + self.plan.batch_size], function)
         each = [torch.cat(middles[i :: self.settings.steps]) for i in range(self.settings.steps)]
         means = tuple(self._mean(float(middle.mean())) for middle in each)
-        return math.sqrt(self._mean(float(torch.cat(squares).mean()))), means
+        return self._mean(float(torch.cat(found).mean())), means
 
     def _mean(self, value: float) -> float:
         """Over the processes."""
@@ -404,7 +427,7 @@ class _Training:
         if same[0] != self.settings or header.get("plan") != asdict(self.plan):
             log.warning("%s: %s is of a training with other settings, and is begun anew.", TITLE, self.kept.name)
             return
-        self.best, self.iteration = best, header["iteration"]
+        self.best, self.iteration, self.seconds = best, header["iteration"], best.settings.seconds
         history = header["history"]
         errors = [(int(i), float(error)) for i, error in history["errors"]]
         self.history = History(history["losses"], errors, history["student_error"])
@@ -442,6 +465,11 @@ def teacher_states(settings: AMEDSettings, model: Any, x: Tensor, extra_args: di
     return states
 
 
+def _distances(x: Tensor, target: Tensor) -> Tensor:
+    """RMSE of each sample `[B]`: not squared, or a few that end in another picture would outweigh all others."""
+    return ((x - target).square().flatten(1).mean(1) + 1e-12).sqrt()
+
+
 def _of_samples(conditioning: Any, batch: list[int]) -> Any:
     """The CONDITIONING in which sample k has the prompt of trajectory `batch[k]`.
 
@@ -458,7 +486,7 @@ def _of_samples(conditioning: Any, batch: list[int]) -> Any:
         values = [entry.get(name) for _, entry in chosen]
         if isinstance(first, Tensor) and all(isinstance(v, Tensor) and v.shape == first.shape for v in values):
             options[name] = torch.cat(values)
-        elif all(type(value) is type(first) and value == first for value in values if not isinstance(value, Tensor)):
+        elif not any(isinstance(value, Tensor) for value in values) and all(value == first for value in values):
             options[name] = first
         else:
             raise ValueError(
