@@ -29,7 +29,7 @@ from sphereguide.samplers.amed.training import Plan, Progress, settings_for, tra
 FOLDER = toy_portraits.WEIGHTS / "amed"
 SHIPPED = ("ipndm_4", "ipndm_6", "ipndm_8", "ipndm_5")
 SHAPE = (4, 16, 16)
-PLAN = Plan(trajectories=256, epochs=2, batch_size=16)
+PLAN = Plan(trajectories=192, epochs=6, batch_size=16, learning_rate=0.02)
 CAPTIONS = portraits.VALIDATION_SEEDS[1000:1256]
 TEACHER_STEPS = 15
 """About as many as the teacher makes in all, whatever the student's."""

@@ -193,7 +193,10 @@ class AMEDTrain:
                         "default": 16,
                         "min": 1,
                         "max": 1024,
-                        "tooltip": "Trajectories at once. Each takes the memory of a guided picture.",
+                        "tooltip": (
+                            "Trajectories at once. Each takes the memory of a guided picture; with objective endpoint "
+                            "that of one for each model call."
+                        ),
                     },
                 ),
                 "objective": (
@@ -270,7 +273,7 @@ class AMEDTrain:
         )
         guider = comfy.samplers.CFGGuider(model)
         guider.set_cfg(cfg)
-        shape = tuple(host.fitted(model, latent).shape[1:])
+        shape = _shape(model, latent, title)
         shown = _shown(model)
         predictor, history = train(
             guider, (positive, negative), shape, settings, Plan(seed=training_seed, **plan), kept, shown
@@ -320,6 +323,12 @@ class AMEDLoad:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         tooltip = "A file in models/amed. One of ….training.safetensors holds the best so far of a training."
         return {"required": {"name": (choices(FOLDER) or [EMPTY], {"tooltip": tooltip})}}
+
+    @classmethod
+    def IS_CHANGED(cls, name: str) -> str:
+        """A training goes on, and Save replaces: the file counts, not its name."""
+        path = folder_paths.get_full_path(FOLDER, name)
+        return f"{Path(path).stat().st_mtime_ns}" if path else ""
 
     def load(self, name: str) -> tuple[AMEDPredictor, str]:
         title = "Load AMED Predictor"
@@ -418,10 +427,23 @@ class AMEDSampler:
 def _file(name: str, title: str) -> Path:
     """models/amed/<name>.safetensors. Raises ValueError, for the node of that title, for a name that is none."""
     folder = Path(folder_paths.models_dir, FOLDER).resolve()
-    path = (folder / f"{name.strip()}.safetensors").resolve()
+    usable = len(name) <= 200 and not set(name) & set('<>:"|?*\\\0')
+    path = (folder / f"{name.strip()}.safetensors").resolve() if usable else folder
     if folder not in path.parents or path.name.startswith("."):
         raise ValueError(f"{title}: '{name}' is no name for a file in models/{FOLDER}. Take letters, such as toy_6.")
     return path
+
+
+def _shape(model: Any, latent: dict[str, Any], title: str) -> tuple[int, ...]:
+    """Of one latent. Raises ValueError, for the node of that title, for one that is not this model's."""
+    shape = tuple(host.fitted(model, latent).shape[1:])
+    channels = model.model.latent_format.latent_channels
+    if shape[0] != channels:
+        raise ValueError(
+            f"{title}: the latent has {shape[0]} channels, and the model's have {channels}. Connect an empty latent "
+            "that is made for this model."
+        )
+    return shape
 
 
 def _shown(model: Any) -> Any:
@@ -444,10 +466,9 @@ def _shown(model: Any) -> Any:
 def said(predictor: AMEDPredictor) -> str:
     """What a training came to, in words."""
     settings = predictor.settings
-    ratio = settings.error / settings.student_error
     worth = (
-        f"That is {ratio:.0%} of what {settings.student} alone is off."
-        if ratio < 1
+        f"That is {settings.ratio:.0%} of what {settings.student} alone is off."
+        if settings.ratio < 1
         else f"{settings.student} alone is nearer, with {settings.student_error:.4g}: don't use this one. Take more "
         "trajectories, or a lower learning rate."
     )

@@ -190,12 +190,14 @@ def prepared(
     modules: Sequence[nn.Module] = (),
     patchers: Sequence[Any] = (),
     memory: float = 0.0,
+    graphs: int = 1,
 ) -> Iterator[tuple[Recording, dict[str, Any]]]:
     """All that a run differentiates, loaded and differentiable. Yields `recording` and the arguments of the model.
 
     method, remedy      whose run it is and what to do instead, for errors
     modules, patchers   what is differentiated and loaded beside the model
     memory              bytes that they take
+    graphs              of how many model calls autograd keeps what it needs, at a time
     """
     base_model, guider = host.base_model(model), host.guider(model)
     options = extra_args.get("model_options", {})
@@ -205,7 +207,7 @@ def prepared(
 
     patchers = [guider.model_patcher, *host.additional_models(guider), *patchers]
     calls = guider.model_patcher.memory_required([2 * x.shape[0], *x.shape[1:]])
-    memory += calls * (1 if fast else _KEPT[checkpointing])
+    memory += calls * (1 if fast else graphs * _KEPT[checkpointing])
     # In one call: a call for the VAE alone could evict the model that is about to run.
     comfy.model_management.load_models_gpu(patchers, memory)
 

@@ -337,19 +337,28 @@ def test_it_makes_as_many_model_calls_as_it_says(model: Any, student: str, afs: 
 
 def test_with_afs_the_first_direction_is_the_noise_itself(model: Any) -> None:
     chosen = settings(model, "euler", steps=1, afs=True)
-    told = []
-    latents = sample(
-        model,
-        amed_sampler(fixed(chosen)),
-        torch.tensor(chosen.sigmas),
-        callback=lambda step, denoised, x, total: told.append((x.clone(), denoised.clone(), total)),
-    )
-    x, denoised, total = told[0]
     t, t_next = chosen.sigmas
-    d = x / math.sqrt(1 + t**2)
-    torch.testing.assert_close((x - denoised) / t, d, rtol=1e-4, atol=1e-4)
-    x_mid = x + (math.sqrt(t * t_next) - t) * d
-    assert total == 1 and (latents - x_mid).abs().max() < 60  # the rest of the way is the model's
+    asked = []
+    apply = model.model.apply_model
+
+    def heard(x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
+        asked.append((x.clone(), float(sigma.max())))
+        return apply(x, sigma, **kwargs)
+
+    started = []
+    model.model.apply_model = heard
+    try:
+        sample(
+            model,
+            amed_sampler(fixed(chosen)),
+            torch.tensor(chosen.sigmas),
+            callback=lambda step, denoised, x, total: started.append(x.clone()),
+        )
+    finally:
+        del model.model.apply_model
+    (x_mid, t_mid), (x,) = asked[0], started
+    assert t_mid == pytest.approx(math.sqrt(t * t_next), rel=1e-4)
+    torch.testing.assert_close(x_mid, x + (t_mid - t) * x / math.sqrt(1 + t**2), rtol=1e-4, atol=1e-3)
 
 
 def test_the_last_time_point_leads_to_0_without_a_model_call(model: Any) -> None:
@@ -364,16 +373,38 @@ def test_the_last_time_point_leads_to_0_without_a_model_call(model: Any) -> None
     assert 0 < difference < 10 * chosen.sigmas[-1]
 
 
-def test_a_part_of_its_schedule_is_sampled_as_the_predictor_learnt_it(model: Any, caplog: Any) -> None:
-    chosen = settings(model)
-    sampler = amed_sampler(fixed(chosen, 0.3))
-    sigmas = base_sigmas(fixed(chosen))
-    latent = torch.ones(2, *SHAPE)
+@pytest.mark.parametrize("student", STUDENTS)
+def test_a_part_of_its_schedule_is_sampled_as_the_predictor_learnt_it(model: Any, student: str, caplog: Any) -> None:
+    chosen = settings(model, student)
+    learnt, sigmas = fixed(chosen, 0.3), base_sigmas(fixed(chosen))
+    # A predictor that knows nothing but this part, for which it is the whole.
+    alone = fixed(replace(chosen, sigmas=chosen.sigmas[1:]), 0.3)
     with caplog.at_level(logging.WARNING, "sphereguide"):
-        part = sample(model, sampler, sigmas[1:], batch=2, latent=latent)
-    assert part.isfinite().all() and not caplog.records
-    steps = intervals(sigmas[1:].tolist(), fixed(chosen))
-    assert all(step.known for step in steps) and steps[-1].last and steps[-1].t_next == chosen.sigmas[-1]
+        part = sample(model, amed_sampler(learnt), sigmas[1:], latent=torch.ones(3, *SHAPE))
+    assert not caplog.records
+    assert torch.equal(part, sample(model, amed_sampler(alone), sigmas[1:], latent=torch.ones(3, *SHAPE)))
+    classical = sample(model, amed_sampler(fixed(chosen)), sigmas[1:], latent=torch.ones(3, *SHAPE))
+    assert (part - classical).abs().max() > 1e-3
+
+
+def test_the_upper_part_of_a_schedule_does_not_lower_the_order(model: Any) -> None:
+    """As DPM-Solver++ 2M of the host, which lowers it only where a step leads to 0."""
+    chosen = settings(model, "dpmpp", max_order=2)
+    upper = torch.tensor(chosen.sigmas[:-1])
+    own = sample(model, amed_sampler(fixed(chosen)), upper)
+    other = sample(model, stock("dpmpp_2m"), geometric(chosen.sigmas[:-1], chosen.sigmas[-2]))
+    torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 3, 9, 20])
+def test_a_predictor_knows_each_interval_of_its_own(kind: str, schedule: str, steps: int) -> None:
+    model = gaussian_mixture.patcher(kind)
+    predictor = fixed(settings(model, steps=steps, schedule=schedule))
+    found = intervals(base_sigmas(predictor).tolist(), predictor)
+    assert all(step.known for step in found) and found[-1].last
+    assert found[-1].t_next == predictor.settings.sigmas[-1]
 
 
 def test_sigmas_of_another_schedule_are_sampled_by_the_student_alone_and_it_says_so(model: Any, caplog: Any) -> None:
@@ -466,15 +497,27 @@ def test_halves_that_come_in_calls_of_their_own_and_frames_of_a_video() -> None:
 
     x = torch.zeros(2, 4, 8, 8)
     with watched(network, {}) as (bottleneck, options):
-        call = options["model_function_wrapper"]
+
+        def call(half: int, **c: Any) -> None:
+            parameters = {"input": x, "timestep": None, "c": c, "cond_or_uncond": [half]}
+            options["model_function_wrapper"](apply_model, parameters)
+
+        bottleneck.forget(x)
         assert bottleneck.features(x).eq(0).all()
-        call(apply_model, {"input": x, "timestep": None, "c": {}, "cond_or_uncond": [1]})
+        call(1)
         assert bottleneck.features(x).eq(0).all()
-        call(apply_model, {"input": x, "timestep": None, "c": {}, "cond_or_uncond": [0]})
+        call(0)
         torch.testing.assert_close(bottleneck.features(x), maps[:2].mean(1).flatten(1))
-        bottleneck.forget()
-        call(apply_model, {"input": x, "timestep": None, "c": {"frames": 3}, "cond_or_uncond": [0]})
+        # what another post-CFG function asks belongs to it
+        assert options["sampler_post_cfg_function"][0]({"denoised": x}) is x
+        call(0, frames=3)
+        torch.testing.assert_close(bottleneck.features(x), maps[:2].mean(1).flatten(1))
+        bottleneck.forget(x)
+        call(0, frames=3)
         torch.testing.assert_close(bottleneck.features(x), maps.mean(1).unflatten(0, (2, 3)).mean(1).flatten(1))
+    for prompts, several in ((("positive", "middle", "negative"), {}), (("positive",), {"multigpu_clones": {}})):
+        with watched(network, several, prompts) as (bottleneck, options):
+            assert options == several and not block[-1]._forward_hooks
 
 
 def test_a_model_in_tiles_and_one_without_a_bottleneck_give_zeros(model: Any, caplog: Any) -> None:
@@ -487,13 +530,25 @@ def test_a_model_in_tiles_and_one_without_a_bottleneck_give_zeros(model: Any, ca
         halves = [apply_model(part.contiguous(), timestep, **c) for part in x.chunk(2, -1)]
         return torch.cat(halves, -1)
 
-    unet = tiny_models.sd15()
-    unet.set_model_unet_function_wrapper(tiles)
-    predictor = fixed(settings(unet))
-    conds = (tiny_models.conditioning(), tiny_models.conditioning())
-    with caplog.at_level(logging.WARNING, "sphereguide"):
-        sample(unet, amed_sampler(predictor), base_sigmas(predictor), 2, 1.0, lambda: conds, (4, 16, 16))
-    assert predictor.network.seen[0].eq(0).all() and caplog.text.count("called in pieces") == 1
+    def tiles_in_a_batch(apply_model: Any, parameters: dict[str, Any]) -> Tensor:
+        x, timestep, c = parameters["input"], parameters["timestep"], parameters["c"]
+        c = {**c, "c_crossattn": c["c_crossattn"].repeat(2, 1, 1)}
+        return torch.cat(apply_model(torch.cat(x.chunk(2, -1)), timestep.repeat(2), **c).chunk(2), -1)
+
+    def windows(apply_model: Any, parameters: dict[str, Any]) -> Tensor:
+        x, timestep, c = parameters["input"], parameters["timestep"], parameters["c"]
+        one = {**c, "c_crossattn": c["c_crossattn"][:1]}
+        return torch.cat([apply_model(x[i : i + 1], timestep[:1], **one) for i in range(len(x))])
+
+    for wrapper in (tiles, tiles_in_a_batch, windows):
+        caplog.clear()
+        unet = tiny_models.sd15()
+        unet.set_model_unet_function_wrapper(wrapper)
+        predictor = fixed(settings(unet))
+        conds = (tiny_models.conditioning(), tiny_models.conditioning())
+        with caplog.at_level(logging.WARNING, "sphereguide"):
+            sample(unet, amed_sampler(predictor), base_sigmas(predictor), 2, 1.0, lambda c=conds: c, (4, 16, 16))
+        assert predictor.network.seen[0].eq(0).all() and caplog.text.count("called in pieces") == 1
 
 
 def test_the_hook_goes_when_a_run_fails() -> None:
@@ -578,12 +633,12 @@ def test_what_a_predictor_was_not_trained_for_is_said(model: Any, caplog: Any) -
 def test_a_fingerprint_does_not_depend_on_whether_the_model_is_loaded(model: Any) -> None:
     patched = model.clone()
     patched.add_patches({"diffusion_model.means": (torch.ones_like(model.model.diffusion_model.means),)}, 0.5)
-    before = fingerprint(patched)
+    before, plain = fingerprint(patched), fingerprint(model)
     sigmas = torch.tensor([1.0, 0.0])
     first = sample(patched, stock("euler"), sigmas)
-    assert fingerprint(patched) == before
+    assert fingerprint(patched) == before != plain
     assert (first - sample(model, stock("euler"), sigmas)).abs().max() > 0.01
-    assert fingerprint(model) == settings(model).model_hash != before
+    assert fingerprint(model) == plain
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -684,13 +739,51 @@ def test_a_training_that_was_cancelled_goes_on_to_the_same_bits(model: Any, tmp_
     assert told == []  # it is done
 
 
+@pytest.mark.parametrize("objective", training.OBJECTIVES)
+@pytest.mark.parametrize("call", [40, 171, 411])
+def test_a_training_that_was_cancelled_anywhere_goes_on_to_the_same_bits(
+    model: Any, tmp_path: Path, objective: str, call: int
+) -> None:
+    """Within an iteration, between two of its steps of Adam, in the first look and in the last."""
+    chosen, kept = settings(model, steps=2, points=1), tmp_path / "mine.training.safetensors"
+    plan = {"trajectories": 160, "objective": objective}
+    whole, history = trained(model, chosen, **plan)
+    apply, calls = model.model.apply_model, []
+
+    def stopping(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == call:
+            raise Interrupted
+        return apply(*args, **kwargs)
+
+    model.model.apply_model = stopping
+    try:
+        with pytest.raises(Interrupted):
+            trained(model, chosen, kept, **plan)
+    finally:
+        del model.model.apply_model
+    again, resumed = trained(model, chosen, kept, **plan)
+    assert resumed == history
+    for a, b in zip(again.network.parameters(), whole.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_other_settings_begin_anew(model: Any, tmp_path: Path, caplog: Any) -> None:
     kept = tmp_path / "mine.training.safetensors"
     trained(model, settings(model, steps=2), kept)
     told: list[int] = []
     with caplog.at_level(logging.WARNING, "sphereguide"):
         trained(model, settings(model, steps=3), kept, progress=lambda p: told.append(p.iteration))
-    assert told == [1, 2, 3, 4] and "begun anew" in caplog.text
+    assert told == [1, 2, 3, 4] and "This one begins anew" in caplog.text
+    assert files.load(tmp_path / "mine.training.before").settings.steps == 2
+    for other in (
+        {"prompts": (gaussian_mixture.conditioning(0.5), gaussian_mixture.conditioning(-0.2))},
+        {"prompts": (gaussian_mixture.conditioning(0.5), gaussian_mixture.conditioning(0.2))},
+        {"seed": 5},
+    ):
+        told.clear()
+        trained(model, settings(model, steps=3), kept, progress=lambda p: told.append(p.iteration), **other)
+        assert told == [1, 2, 3, 4]
     kept.write_bytes(kept.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"Train AMED Predictor: .*cut short"):
         trained(model, settings(model, steps=3), kept)
@@ -723,8 +816,22 @@ def test_prompts_take_turns_in_a_batch(model: Any) -> None:
     assert entry[1]["pooled_output"].tolist() == [[1, 1], [0, 0]] and entry[1]["guidance"] == 3.5
     with pytest.raises(ValueError, match="differ in 'guidance'"):
         training._of_samples([[short, {"guidance": 1.0}], [short, {"guidance": 2.0}]], [0, 1])
+    with pytest.raises(ValueError, match="37 to 53 tokens"):
+        training._of_samples([[torch.zeros(1, length, 4), {}] for length in (37, 53)], [0, 1])
+    edited = [[short, {"reference_latents": [torch.full((1, 2), float(i))]}] for i in range(2)]
+    with pytest.raises(ValueError, match="differ in 'reference_latents'"):
+        training._of_samples(edited, [0, 1])
     with pytest.raises(ValueError, match="different kinds"):
         training._of_samples([[short, {}], [short, {"area": (1, 1, 0, 0)}]], [0, 1])
+
+
+def test_a_missing_prompt_is_refused(model: Any) -> None:
+    one = gaussian_mixture.conditioning(0.0)
+    with pytest.raises(ValueError, match="no positive prompt"):
+        trained(model, settings(model), prompts=([], one))
+    with pytest.raises(ValueError, match="no negative prompt"):
+        trained(model, settings(model, cfg=2.0), prompts=(one, []))
+    trained(model, settings(model), prompts=(one, []), trajectories=16)  # cfg 1 asks it nothing
 
 
 def test_plans_without_a_step_are_refused(model: Any) -> None:
@@ -817,8 +924,11 @@ def test_two_processes_learn_what_one_learns_from_a_shell(tmp_path: Path) -> Non
     two = shell(*arguments, processes=2, out=tmp_path / "two.safetensors")
     assert len(one) == 3 and two == pytest.approx(one, rel=1e-4)
     single, double = (files.load(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
-    for a, b in zip(single.network.parameters(), double.network.parameters(), strict=True):
+    untrained = AMEDPredictor.untrained(single.settings)
+    networks = (predictor.network.parameters() for predictor in (single, double, untrained))
+    for a, b, before in zip(*networks, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+        assert not torch.equal(a, before)
     assert single.settings.trajectories == double.settings.trajectories == 12
 
 
@@ -837,13 +947,13 @@ def node_settings(**changed: Any) -> dict[str, Any]:
 
 def run_node(model: Any, **changed: Any) -> dict[str, Any]:
     with torch.inference_mode():
-        return nodes.AMEDTrain().train(
-            model=model,
-            positive=gaussian_mixture.conditioning(0.3),
-            negative=gaussian_mixture.conditioning(-0.2),
-            latent={"samples": torch.zeros(1, *SHAPE)},
-            **node_settings(**changed),
-        )
+        wires = {
+            "model": model,
+            "positive": gaussian_mixture.conditioning(0.3),
+            "negative": gaussian_mixture.conditioning(-0.2),
+            "latent": {"samples": torch.zeros(1, *SHAPE)},
+        }
+        return nodes.AMEDTrain().train(**(wires | node_settings(**changed)))
 
 
 def test_the_node_trains_draws_and_says_what_came_of_it(model: Any) -> None:
@@ -860,14 +970,18 @@ def test_the_node_trains_draws_and_says_what_came_of_it(model: Any) -> None:
 def test_what_was_trained_is_saved_and_loaded(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodes.folder_paths, "models_dir", str(tmp_path))
     monkeypatch.setattr(nodes.folder_paths, "get_folder_paths", lambda name: [str(tmp_path / name)])
+    monkeypatch.setattr(nodes.folder_paths, "get_full_path", lambda name, file: str(tmp_path / name / file))
     predictor, *_ = run_node(model, name="mine")["result"]
     assert nodes.AMEDLoad.INPUT_TYPES()["required"]["name"][0] == ["mine.training.safetensors"]
     nodes.AMEDSave().save(predictor, "sub/mine")
     assert "sub/mine.safetensors" in nodes.AMEDLoad.INPUT_TYPES()["required"]["name"][0]
+    before = nodes.AMEDLoad.IS_CHANGED("sub/mine.safetensors")
+    nodes.AMEDSave().save(predictor, "sub/mine")
+    assert nodes.AMEDLoad.IS_CHANGED("sub/mine.safetensors") != before
     for name in ("sub/mine.safetensors", "mine.training.safetensors"):
         loaded, about = nodes.AMEDLoad().load(name)
         assert loaded.settings == predictor.settings and "ipndm, 4 model calls, cfg 1, 32 trajectories" in about
-    for bad in ("", "../outside", "/etc/outside"):
+    for bad in ("", "../outside", "/etc/outside", "a:b", "a\\b", "nul\0", "long" * 60):
         with pytest.raises(ValueError, match=r"Save AMED Predictor: .*no name for a file"):
             nodes.AMEDSave().save(predictor, bad)
     with pytest.raises(FileNotFoundError, match="Train AMED Predictor"):
@@ -906,5 +1020,9 @@ def test_the_page_is_told_how_far_the_training_is(model: Any, monkeypatch: pytes
 def test_refused_at_the_node(model: Any) -> None:
     with pytest.raises(ValueError, match="no name for a file"):
         run_node(model, name="../mine")
+    latent = {"samples": torch.zeros(1, 16, 2, 2)}
+    latent["samples"][0, 0, 0, 0] = 1  # an empty one is fitted
+    with pytest.raises(ValueError, match="16 channels, and the model's have 4"):
+        run_node(model, latent=latent)
     with pytest.raises(ValueError, match="a ρ above 0"):
         run_node(model, rho=-1.0)

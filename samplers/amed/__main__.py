@@ -30,20 +30,21 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--negative", default="")
     parser.add_argument("--cfg", type=float, default=7.0)
     parser.add_argument("--size", type=int, nargs=2, default=(512, 512), metavar=("WIDTH", "HEIGHT"))
-    parser.add_argument("--student", default="ipndm", help="amed, euler, dpm2, ipndm or dpmpp")
+    parser.add_argument("--student", default="ipndm", choices=("amed", "euler", "dpm2", "ipndm", "dpmpp"))
     parser.add_argument("--steps", type=int, default=3, help="of two model calls each")
-    parser.add_argument("--schedule", default="polynomial", help="polynomial, logsnr, time_uniform or discrete")
+    schedules = ("polynomial", "logsnr", "time_uniform", "discrete")
+    parser.add_argument("--schedule", default="polynomial", choices=schedules)
     parser.add_argument("--rho", type=float, default=0.0, help="0: the schedule's own")
     parser.add_argument("--afs", action="store_true")
     parser.add_argument("--max-order", type=int, default=4)
     parser.add_argument("--scale-dir", type=float, default=0.01)
     parser.add_argument("--scale-time", type=float, default=0.2)
-    parser.add_argument("--teacher", default="as published", help="as published, heun, ipndm or dpmpp")
+    parser.add_argument("--teacher", default="as published", choices=("as published", "heun", "ipndm", "dpmpp"))
     parser.add_argument("--teacher-points", type=int, default=3)
     parser.add_argument("--trajectories", type=int, default=1024)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--objective", default="endpoint", help="endpoint, or each point, as published")
+    parser.add_argument("--objective", default="endpoint", choices=("endpoint", "each point"))
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpointing", action="store_true", help="less memory, more time")
@@ -54,25 +55,29 @@ def arguments() -> argparse.Namespace:
 
 def load(options: argparse.Namespace) -> tuple[Any, Any, Any, tuple[int, ...]]:
     """MODEL, the prompts, the negative one, and the shape of a latent."""
-    import comfy.sample
     import comfy.sd
     import torch
+    from sphereguide import host
     from sphereguide.demo import toy_portraits
 
     if options.toy:
         model, clip, _ = toy_portraits.load()
     else:
         model, clip = comfy.sd.load_checkpoint_guess_config(str(options.checkpoint), output_vae=False)[:2]
-    prompts = [*(options.prompt or ()), *(options.prompts.read_text().splitlines() if options.prompts else ())]
+    lines = options.prompts.read_text(encoding="utf-8").splitlines() if options.prompts else ()
+    prompts = [*(options.prompt or ()), *(line for line in lines if line.strip())]
 
     def encode(text: str) -> list[Any]:
-        tokens, pooled = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)
-        return [tokens, {"pooled_output": pooled}]
+        tokens = clip.tokenize(text)
+        if hasattr(clip, "encode_from_tokens_scheduled"):  # since 2024-12
+            return clip.encode_from_tokens_scheduled(tokens)
+        encoded, pooled = clip.encode_from_tokens(tokens, return_pooled=True)
+        return [[encoded, {"pooled_output": pooled}]]
 
     width, height = (128, 128) if options.toy else options.size
-    latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros(1, 4, height // 8, width // 8))
-    positive = [encode(text) for text in prompts or [""]]
-    return model, positive, [encode(options.negative)], tuple(latent.shape[1:])
+    latent = host.fitted(model, {"samples": torch.zeros(1, 4, height // 8, width // 8)})
+    positive = [entry for text in prompts or [""] for entry in encode(text)]
+    return model, positive, encode(options.negative), tuple(latent.shape[1:])
 
 
 def main() -> None:
@@ -93,7 +98,7 @@ def main() -> None:
     import_host(cpu=options.cpu)
     import_pack()
     if world > 1:
-        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+        torch.distributed.init_process_group("gloo")  # the predictor lies on the CPU
 
     import comfy.samplers
     from sphereguide.samplers.amed import predictor, training
@@ -106,20 +111,15 @@ def main() -> None:
         )
         guider = comfy.samplers.CFGGuider(model)
         guider.set_cfg(options.cfg)
-        plan = training.Plan(
-            options.trajectories,
-            options.epochs,
-            options.batch_size,
-            options.objective,
-            options.learning_rate,
-            options.seed,
-            options.checkpointing,
-        )
-        kept = options.out.with_suffix(".training.safetensors")
-        best, history = training.train(guider, (positive, negative), shape, settings, plan, kept, training.Progress.log)
+        names = ("trajectories", "epochs", "batch_size", "objective", "learning_rate", "seed", "checkpointing")
+        plan = training.Plan(**{name: getattr(options, name) for name in names})
+        out = options.out.with_suffix(".safetensors")
+        kept = out.with_suffix(".training.safetensors")
+        told = training.Progress.log if rank == 0 else lambda _: None
+        best, history = training.train(guider, (positive, negative), shape, settings, plan, kept, told)
     if rank == 0:
-        predictor.save(best, options.out)
-        print("losses", *(f"{sum(losses):.9g}" for losses in history.losses))
+        predictor.save(best, out)
+        print("losses", *(f"{losses[-1]:.9g}" for losses in history.losses))
         print(best.about())
     if world > 1:
         torch.distributed.destroy_process_group()

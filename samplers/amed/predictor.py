@@ -99,10 +99,10 @@ class AMEDSettings:
     teacher_points: int = 1
     cfg: float = 1.0
     model_hash: str = ""
-    midpoints: tuple[float, ...] = ()
-    error: float = math.nan
-    student_error: float = math.nan
-    trajectories: int = 0
+    midpoints: tuple[float, ...] = field(default=(), compare=False)
+    error: float = field(default=math.nan, compare=False)
+    student_error: float = field(default=math.nan, compare=False)
+    trajectories: int = field(default=0, compare=False)
     seconds: float = field(default=0.0, compare=False)
 
     def __post_init__(self) -> None:
@@ -121,17 +121,22 @@ class AMEDSettings:
         return len(self.sigmas) - 1
 
     @property
+    def ratio(self) -> float:
+        """Its error over that of the student alone."""
+        return self.error / self.student_error if self.student_error > 0 else math.inf
+
+    @property
     def nfe(self) -> int:
         """Model calls; CFG doubles each."""
         return 2 * self.steps - self.afs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AMEDPredictor:
     """The content of an AMED_PREDICTOR socket: a network, on the CPU and frozen, and what it is for."""
 
     network: PredictorNetwork
-    settings: AMEDSettings = field(compare=False)
+    settings: AMEDSettings
 
     @classmethod
     def untrained(cls, settings: AMEDSettings, seed: int = 0) -> AMEDPredictor:
@@ -148,7 +153,7 @@ class AMEDPredictor:
     def about(self) -> str:
         """One line for a person."""
         s = self.settings
-        error = f", error {s.error:.3g} ({s.error / s.student_error:.0%} of {s.student}'s own)" if s.error > 0 else ""
+        error = f", error {s.error:.3g} ({s.ratio:.0%} of {s.student}'s own)" if math.isfinite(s.ratio) else ""
         return f"{s.student}, {s.nfe} model calls, cfg {s.cfg:g}, {s.trajectories} trajectories{error}"
 
 

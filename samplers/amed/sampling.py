@@ -63,7 +63,8 @@ def intervals(sigmas: list[float], predictor: AMEDPredictor) -> list[Interval]:
     found = []
     for t, t_next in itertools.pairwise(sigmas):
         last = t_next == 0
-        t_next = min(points[-1], t / 2) if last else t_next
+        if last:
+            t_next = points[-1] if t > 1.001 * points[-1] else t / 2
         known = any(
             math.isclose(t, a, rel_tol=1e-3) and math.isclose(t_next, b, rel_tol=1e-3)
             for a, b in itertools.pairwise(points)
@@ -101,7 +102,8 @@ def amed_sampler(predictor: AMEDPredictor) -> comfy.samplers.KSAMPLER:
         disable: bool | None = None,
     ) -> Tensor:
         guider = host.guider(model)
-        _warn(predictor, guider.model_patcher, getattr(guider, "cfg", None), sigmas)
+        cfg = getattr(guider, "cfg", None) if {*guider.conds} <= {"positive", "negative"} else None
+        _warn(predictor, guider.model_patcher, cfg, sigmas)
         with trange(len(sigmas) - 1, disable=disable) as bar:
 
             def each(i: int, x: Tensor, denoised: Tensor) -> None:
@@ -145,9 +147,9 @@ def sampled(
     `each` is told of every interval: its index, x and denoised at its beginning.
     """
     settings, steps = predictor.settings, intervals(sigmas.tolist(), predictor)
-    student = Student(settings.student, settings.max_order, len(steps))
-    base_model = host.base_model(model)
-    with watched(base_model.diffusion_model, extra_args.get("model_options", {})) as (bottleneck, options):
+    student = Student(settings.student, settings.max_order, len(steps), steps[-1].last)
+    base_model, options = host.base_model(model), extra_args.get("model_options", {})
+    with watched(base_model.diffusion_model, options, host.guider(model).conds) as (bottleneck, options):
         ask = functools.partial(model, **{**extra_args, "model_options": options})
         for i, step in enumerate(steps):
             t, t_next = (x.new_full((len(x),), value, dtype=torch.float32) for value in (step.t, step.t_next))
@@ -187,7 +189,7 @@ def look(
 
     AFS (Dockhorn et al., arXiv 2210.05475): at pure noise the direction is nearly x/√(α² + σ²).
     """
-    bottleneck.forget()
+    bottleneck.forget(x)
     if afs:
         deviation = math.hypot(*levels(base_model.model_sampling, t.max()))
         return x - per_sample(t, x) * x / deviation, bottleneck.features(x)

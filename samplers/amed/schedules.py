@@ -47,11 +47,15 @@ def time_points(
     def powers(first: float, last: float) -> np.ndarray:
         return (first ** (1 / rho) + way * (last ** (1 / rho) - first ** (1 / rho))) ** rho
 
-    flow = _level(sampling, sigma_max)[0] < 0.5
+    flow = levels(sampling, torch.tensor(sigma_max))[0] < 0.5
     if schedule == "polynomial" or (schedule == "time_uniform" and flow):
         points = powers(sigma_max, sigma_min)
     elif schedule == "logsnr":
-        points = _of_log_ratio(sampling, way, sigma_min, sigma_max)
+        # σ/α; a flow model begins with noise alone, α = 0: from where α is sigma_min, then.
+        ends = (min(sigma_max, 1 - sigma_min), sigma_min) if flow else (sigma_max, sigma_min)
+        first, last = (math.log(sigma / (1 - sigma) if flow else sigma) for sigma in ends)
+        ratio = np.exp(first + way * (last - first))
+        points = ratio / (1 + ratio) if flow else ratio
     elif schedule == "time_uniform":
         # β_d and β_min from σ(1) = sigma_max and σ(SHORTEST) = sigma_min
         high, low = math.log1p(sigma_max**2), math.log1p(sigma_min**2)
@@ -61,7 +65,8 @@ def time_points(
         points = np.sqrt(np.expm1(beta_d / 2 * t**2 + beta_min * t))
     else:
         first, last = (float(sampling.timestep(torch.tensor([sigma]))) for sigma in (sigma_max, sigma_min))
-        points = np.array([float(sampling.sigma(torch.tensor(t))) for t in powers(first, last)])
+        # From 0, for the power: EDM's timesteps are below.
+        points = np.array([float(sampling.sigma(torch.tensor(t + last))) for t in powers(first - last, 0.0)])
     points[0], points[-1] = sigma_max, sigma_min
     if not (np.diff(points) < 0).all():
         raise ValueError(
@@ -69,16 +74,3 @@ def time_points(
             "from point to point. Take fewer steps, or another schedule."
         )
     return [float(sigma) for sigma in points]
-
-
-def _level(sampling: Any, sigma: float) -> tuple[float, float]:
-    return levels(sampling, torch.tensor(sigma))
-
-
-def _of_log_ratio(sampling: Any, way: np.ndarray, sigma_min: float, sigma_max: float) -> np.ndarray:
-    """σ at uniform log(σ/α). A flow model begins with noise alone, α = 0: from where α is sigma_min, then."""
-    if _level(sampling, sigma_max)[0] > 0.5:
-        return np.exp(math.log(sigma_max) + way * (math.log(sigma_min) - math.log(sigma_max)))
-    first, last = (sigma / (1 - sigma) for sigma in (min(sigma_max, 1 - sigma_min), sigma_min))
-    ratio = np.exp(math.log(first) + way * (math.log(last) - math.log(first)))
-    return ratio / (1 + ratio)

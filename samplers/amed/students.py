@@ -19,6 +19,7 @@ the same lines hold.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -102,14 +103,14 @@ class AdamsBashforth:
 
 
 class DPMSolverPP:
-    """DPM-Solver++ multistep (Lu et al., arXiv 2211.01095), orders 1 to 3; the last of `steps` are of lower order."""
+    """DPM-Solver++ multistep (Lu et al., arXiv 2211.01095), orders 1 to 3; the last of `steps`, if given, lower it."""
 
-    def __init__(self, order: int, steps: int) -> None:
+    def __init__(self, order: int, steps: float = math.inf) -> None:
         self.order, self.left = order, steps
         self.history: list[tuple[Tensor, Tensor]] = []  # log sigma, denoised: the latest first
 
     def advance(self, x: Tensor, t: Tensor, t_next: Tensor, denoised: Tensor) -> Tensor:
-        past = self.history[: min(self.order, self.left) - 1]
+        past = self.history[: int(min(self.order, self.left)) - 1]
         self.left -= 1
         self.history = [(t.log(), denoised), *self.history][:2]
         h = (t / t_next).log()
@@ -139,15 +140,18 @@ def heun(x: Tensor, t: Tensor, t_next: Tensor, ask: Ask) -> Tensor:
 
 
 class Student:
-    """A student in a run of `intervals`. Those with a solver of several steps remember the directions of the run."""
+    """A student in a run of `intervals`, the last of which ends it or, as in a first part of a schedule, does not.
 
-    def __init__(self, name: str, max_order: int, intervals: int) -> None:
+    Those with a solver of several steps remember the directions of the run.
+    """
+
+    def __init__(self, name: str, max_order: int, intervals: int, ends: bool = True) -> None:
         self.name = name
         self.solver: Solver | None = None
         if name in ("euler", "ipndm"):
             self.solver = AdamsBashforth(min(max_order, ORDERS[name]))
         elif name == "dpmpp":
-            self.solver = DPMSolverPP(min(max_order, ORDERS[name]), 2 * intervals)
+            self.solver = DPMSolverPP(min(max_order, ORDERS[name]), 2 * intervals if ends else math.inf)
 
     def detach(self) -> None:
         """Lets go of the graphs behind what is remembered."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import logging
 import math
@@ -28,6 +29,7 @@ from typing import Any
 import comfy.model_management
 import torch
 from torch import Tensor, distributed, nn
+from torch.utils._pytree import tree_flatten
 
 from ... import host
 from ..kernel import noise_of, per_sample, prepared
@@ -116,10 +118,9 @@ class Progress:
 
     def __str__(self) -> str:
         minutes, seconds = divmod(round(self.seconds_left), 60)
-        (_, error), student = self.history.errors[-1], self.history.student_error
         return (
-            f"loss {sum(self.history.losses[-1]):.4g}   {minutes}:{seconds:02} left\n"
-            f"error {error:.4g}, {error / student:.0%} of the student's"
+            f"loss {self.history.losses[-1][-1]:.4g}   {minutes}:{seconds:02} left\n"
+            f"error {self.history.errors[-1][1]:.4g}, without predictor {self.history.student_error:.4g}"
         )
 
     def log(self) -> None:
@@ -209,6 +210,9 @@ class _Training:
             )
         if plan.objective not in OBJECTIVES:
             raise ValueError(f"{TITLE}: there is no objective '{plan.objective}'. There are: {', '.join(OBJECTIVES)}.")
+        positive, negative = prompts
+        if not positive or (not negative and settings.cfg != 1):
+            raise ValueError(f"{TITLE}: there is no {'negative' if positive else 'positive'} prompt. Connect one.")
         self.guider, self.prompts, self.shape, self.plan = guider, prompts, shape, plan
         self.settings, self.kept, self.progress = settings, kept, progress
         self.sigmas = base_sigmas(AMEDPredictor.untrained(settings))
@@ -228,16 +232,18 @@ class _Training:
 
     def run(self) -> tuple[AMEDPredictor, History]:
         self._resume()
-        started, first, saved = time.monotonic(), self.iteration, time.monotonic()
-        earlier = self.seconds
+        self.reached = self._state()
         try:
             if not self.history.errors:
                 self._judge()
+                self._keep()  # a folder that can't be written to is known now
+            started, first, saved, earlier = time.monotonic(), self.iteration, time.monotonic(), self.seconds
             while self.iteration < self.plan.iterations:
                 losses, latents = self._iterate(self._batch(self.iteration))
                 self.history.losses.append(losses)
                 self.iteration += 1
-                if self.iteration % self.plan.looks == 0 or self.iteration == self.plan.iterations:
+                self.reached = self._state()
+                if self.iteration % self.plan.looks == 0:
                     self._judge()
                 passed = time.monotonic() - started
                 self.seconds = earlier + passed
@@ -246,6 +252,8 @@ class _Training:
                 if time.monotonic() - saved > SAVE_SECONDS:
                     self._keep()
                     saved = time.monotonic()
+            if self.history.errors[-1][0] != self.iteration:
+                self._judge()
         finally:
             if self.history.errors:
                 self._keep()
@@ -271,6 +279,7 @@ class _Training:
             if self.mutation or "inplace operation" not in str(error):
                 raise
             self.mutation = True  # something in the workflow overwrites what autograd needs: slower, but works
+            self._restore(self.reached)
             losses, latents = self._run(0, batch, self._learn)
         return [self._mean(loss) for loss in losses], latents
 
@@ -283,8 +292,9 @@ class _Training:
         def sample(
             model: Any, x: Tensor, sigmas: Tensor, extra_args: Any, callback: Any = None, disable: Any = None
         ) -> Tensor:
+            graphs = 2 * self.settings.steps - 1 if self.endpoint else 1
             options = (TITLE, REMEDY, "full", self.plan.checkpointing)
-            with prepared(model, x, extra_args, *options) as (recording, extra_args):
+            with prepared(model, x, extra_args, *options, graphs=graphs) as (recording, extra_args):
                 x = x.clone()  # no inference tensor, out here
                 targets = self._targets(stage, batch, model, x, extra_args)
                 result.append(function(model, x, extra_args, recording, targets))
@@ -311,10 +321,10 @@ class _Training:
         settings, losses = self.settings, []
         steps = intervals(self.sigmas.tolist(), self.predictor)
         student = Student(settings.student, settings.max_order, len(steps))
-        base_model = host.base_model(model)
+        base_model, prompts = host.base_model(model), host.guider(model).conds
         checkpointed = base_model.diffusion_model if self.plan.checkpointing else None
         with (
-            watched(base_model.diffusion_model, extra_args.get("model_options", {})) as (bottleneck, options),
+            watched(base_model.diffusion_model, extra_args.get("model_options", {}), prompts) as (bottleneck, options),
             _smooth_timesteps(base_model.model_sampling),
         ):
             ask = functools.partial(model, **{**extra_args, "model_options": options})
@@ -335,18 +345,19 @@ class _Training:
                         loss = _distances(x, target).mean()
                         if not self.endpoint or step.last:
                             self._descend(loss, step.t)
-                    losses.append(float(loss))
+                    losses.append(float(loss.detach()))
+                    drawn = x.detach()
                     if not self.endpoint:
                         student.detach()
-                        x = x.detach() if student.solver is not None else target
-        return losses, x.detach()
+                        x = drawn if settings.student in ("ipndm", "dpmpp") else target
+        return losses, drawn
 
     def _descend(self, loss: Tensor, sigma: float) -> None:
         if not loss.requires_grad:
             raise RuntimeError(f"{TITLE}: this model runs without gradients here. {REMEDY}")
         self.optimizer.zero_grad()
         loss.backward()
-        self._step(float(loss), sigma)
+        self._step(float(loss.detach()), sigma)
 
     def _step(self, loss: float, sigma: float) -> None:
         gradients = [parameter.grad for parameter in self.predictor.network.parameters()]
@@ -379,7 +390,7 @@ class _Training:
         self, predictor: AMEDPredictor, chooser: Callable[..., Choice] | None
     ) -> tuple[float, tuple[float, ...]]:
         """Mean distance at the end, mean t_mid of each interval; without a chooser those of the student alone."""
-        mine = list(range(JUDGED))[self.rank :: self.world]
+        mine = list(range(max(1, JUDGED // self.world) * self.world))[self.rank :: self.world]
         found, middles = [], []
 
         def function(model: Any, x: Tensor, extra_args: Any, recording: Any, targets: list[Tensor]) -> None:
@@ -401,36 +412,20 @@ class _Training:
         """Over the processes."""
         if self.world == 1:
             return value
-        device = "cpu" if distributed.get_backend() == "gloo" else torch.device("cuda")
-        total = torch.tensor(value, dtype=torch.float64, device=device)
+        total = torch.tensor(value, dtype=torch.float64)
         distributed.all_reduce(total)
         return float(total) / self.world
 
     # -- what stays when it is stopped
 
-    def _keep(self) -> None:
-        if self.kept is None or self.rank > 0:
-            return
+    def _state(self) -> dict[str, Tensor]:
+        """The network, and Adam's moments: after an iteration, never within one."""
         state = {f"network.{name}": value for name, value in self.predictor.network.state_dict().items()}
         for i, moments in self.optimizer.state_dict()["state"].items():
             state |= {f"adam.{i}.{name}": value for name, value in moments.items()}
-        header = {"plan": asdict(self.plan), "iteration": self.iteration, "history": asdict(self.history)}
-        write(self._result(), self.kept, {name: value.detach().clone() for name, value in state.items()}, header)
+        return {name: value.detach().clone() for name, value in state.items()}
 
-    def _resume(self) -> None:
-        if self.kept is None or not self.kept.exists():
-            return
-        best = load(self.kept, TITLE)
-        state, header = read(self.kept, TITLE)
-        results = ("midpoints", "error", "student_error", "trajectories")
-        same = [replace(s, **{name: getattr(self.settings, name) for name in results}) for s in (best.settings,)]
-        if same[0] != self.settings or header.get("plan") != asdict(self.plan):
-            log.warning("%s: %s is of a training with other settings, and is begun anew.", TITLE, self.kept.name)
-            return
-        self.best, self.iteration, self.seconds = best, header["iteration"], best.settings.seconds
-        history = header["history"]
-        errors = [(int(i), float(error)) for i, error in history["errors"]]
-        self.history = History(history["losses"], errors, history["student_error"])
+    def _restore(self, state: dict[str, Tensor]) -> None:
         with torch.inference_mode(False):
             network = {name[8:]: value for name, value in state.items() if name.startswith("network.")}
             self.predictor.network.load_state_dict(network)
@@ -440,7 +435,54 @@ class _Training:
                     _, i, what = name.split(".")
                     moments.setdefault(int(i), {})[what] = value.clone()  # no inference tensor, out here
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+
+    def _keep(self) -> None:
+        if self.kept is not None and self.rank == 0:
+            header = {"what": self._what(), "iteration": self.iteration, "history": asdict(self.history)}
+            write(self._result(), self.kept, self.reached, header)
+
+    def _what(self) -> dict[str, Any]:
+        """What is trained beside the settings of the predictor: another is another training."""
+        return {"plan": asdict(self.plan), "shape": list(self.shape), "prompts": digest(self.prompts)}
+
+    def _resume(self) -> None:
+        if self.kept is None or not self.kept.exists():
+            return
+        best = load(self.kept, TITLE)
+        state, header = read(self.kept, TITLE)
+        if best.settings != self.settings or header.get("what") != self._what():
+            aside = self.kept.with_suffix(".before")
+            log.warning(
+                "%s: %s is of a training with other settings, prompts or size, and goes to %s. This one begins anew.",
+                TITLE,
+                self.kept.name,
+                aside.name,
+            )
+            if self.rank == 0:
+                self.kept.replace(aside)
+            return
+        self.best, self.iteration, self.seconds = best, header["iteration"], best.settings.seconds
+        history = header["history"]
+        errors = [(int(i), float(error)) for i, error in history["errors"]]
+        self.history = History(history["losses"], errors, history["student_error"])
+        self._restore(state)
         log.info("%s: goes on at iteration %d of %d.", TITLE, self.iteration, self.plan.iterations)
+
+
+def digest(value: Any) -> str:
+    """A hash of a CONDITIONING, or of what else is made of containers, tensors and numbers."""
+    sha = hashlib.sha256()
+    leaves, structure = tree_flatten(value)
+    sha.update(str(structure).encode())
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            sha.update(f"{tuple(leaf.shape)}".encode())
+            sha.update(leaf.detach().float().cpu().contiguous().numpy().tobytes())
+        elif isinstance(leaf, str | int | float | bool | None):
+            sha.update(repr(leaf).encode())
+        else:
+            sha.update(type(leaf).__name__.encode())  # a ControlNet and its like
+    return sha.hexdigest()[:16]
 
 
 def teacher_states(settings: AMEDSettings, model: Any, x: Tensor, extra_args: dict[str, Any]) -> list[Tensor]:
@@ -478,15 +520,21 @@ def _of_samples(conditioning: Any, batch: list[int]) -> Any:
     if len(conditioning) < 2:
         return conditioning
     chosen = [conditioning[i % len(conditioning)] for i in batch]
-    longest = math.lcm(*(tokens.shape[1] for tokens, _ in chosen))
-    # Repeated tokens change nothing for attention: ComfyUI itself brings prompts to one length so.
+    lengths = [tokens.shape[1] for tokens, _ in chosen]
+    longest = math.lcm(*lengths)
+    if longest > 4 * min(lengths):  # ComfyUI's own limit
+        raise ValueError(
+            f"{TITLE}: the prompts are of {min(lengths)} to {max(lengths)} tokens, and can't share a batch. Take "
+            "prompts of one length, or a single one."
+        )
+    # Repeated tokens change nothing for cross-attention: ComfyUI itself brings prompts to one length so.
     tokens = torch.cat([tokens.repeat(1, longest // tokens.shape[1], 1) for tokens, _ in chosen])
     options: dict[str, Any] = {}
     for name, first in chosen[0][1].items():
         values = [entry.get(name) for _, entry in chosen]
         if isinstance(first, Tensor) and all(isinstance(v, Tensor) and v.shape == first.shape for v in values):
             options[name] = torch.cat(values)
-        elif not any(isinstance(value, Tensor) for value in values) and all(value == first for value in values):
+        elif len({digest(value) for value in values}) == 1:
             options[name] = first
         else:
             raise ValueError(
