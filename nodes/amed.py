@@ -134,36 +134,37 @@ class AMEDTrain:
                 "scale_dir": (
                     "FLOAT",
                     {
-                        "default": 0.01,
+                        "default": 0.1,
                         "min": 0.0,
                         "max": 0.5,
                         "step": 0.001,
-                        "tooltip": "By how much a step may be longer or shorter. 0 in the paper for Stable Diffusion.",
+                        "tooltip": "By how much a step may be longer or shorter. 0 to 0.01 in the paper.",
                     },
                 ),
                 "scale_time": (
                     "FLOAT",
                     {
-                        "default": 0.2,
+                        "default": 0.3,
                         "min": 0.0,
                         "max": 0.5,
                         "step": 0.01,
-                        "tooltip": "By how much the time that the model is told may be off. 0.2 for ipndm, else 0.",
+                        "tooltip": "By how much the time that the model is told may be off. 0 or 0.2 in the paper.",
                     },
                 ),
                 "teacher": (
-                    [PUBLISHED, *TEACHERS],
+                    [*TEACHERS, PUBLISHED],
                     {
+                        "default": "ipndm",
                         "tooltip": (
                             "The solver that is imitated. As published: heun with 1 point for amed, euler and dpm2; "
                             "the student's own with 2 for ipndm and dpmpp."
-                        )
+                        ),
                     },
                 ),
                 "teacher_points": (
                     "INT",
                     {
-                        "default": 3,
+                        "default": 4,
                         "min": 1,
                         "max": 100,
                         "tooltip": "How many more points the teacher has in each step. Not for 'as published'.",
@@ -172,7 +173,7 @@ class AMEDTrain:
                 "trajectories": (
                     "INT",
                     {
-                        "default": 1024,
+                        "default": 192,
                         "min": 1,
                         "max": 1000000,
                         "tooltip": "From how many noises to learn. The authors take 10000, 5000 for Stable Diffusion.",
@@ -181,7 +182,7 @@ class AMEDTrain:
                 "epochs": (
                     "INT",
                     {
-                        "default": 1,
+                        "default": 6,
                         "min": 1,
                         "max": 1000,
                         "tooltip": "How often to use each. What the teacher gave in the first is kept in memory.",
@@ -210,7 +211,13 @@ class AMEDTrain:
                 ),
                 "learning_rate": (
                     "FLOAT",
-                    {"default": 0.005, "min": 0.00001, "max": 1.0, "step": 0.00001, "tooltip": "Of Adam."},
+                    {
+                        "default": 0.02,
+                        "min": 0.00001,
+                        "max": 1.0,
+                        "step": 0.00001,
+                        "tooltip": "Of Adam; it falls to 0. 0.005 in the paper, for each point.",
+                    },
                 ),
                 "training_seed": (  # not `seed`, which the page would change with each run
                     "INT",

@@ -811,10 +811,10 @@ def taught(
         "teacher": "ipndm",
         "teacher_points": 4,
         "trajectories": 128,
-        "epochs": 2,
+        "epochs": 3,
         "batch_size": 16,
         "objective": "endpoint",
-        "learning_rate": 0.005,
+        "learning_rate": 0.02,
         "training_seed": 0,
         "name": called,
         "checkpointing": False,
@@ -1122,7 +1122,7 @@ it. The first row should look like the last.
 Queue.
 
 Turn these:
-- name (Predictor): toy_portraits_ipndm_4 and 8 make four and eight calls. Give Six steps as many.
+- name (Predictor): toy_portraits_ipndm_4 makes four calls. Give Six steps as many.
 - sampler_name and scheduler (Stock sampler): is there one that does as well?
 - noise_seed in all three: other portraits.
 - points (Its steps): expanded, with euler in place of AMED Sampler, is the same schedule for stock samplers.""",

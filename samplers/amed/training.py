@@ -74,11 +74,11 @@ class Plan:
     objective       one of OBJECTIVES: a step of Adam for a whole trajectory, or one for each time point
     """
 
-    trajectories: int = 1024
-    epochs: int = 1
+    trajectories: int = 192
+    epochs: int = 6
     batch_size: int = 16
     objective: str = "endpoint"
-    learning_rate: float = 5e-3
+    learning_rate: float = 0.02
     seed: int = 0
     checkpointing: bool = False
 
