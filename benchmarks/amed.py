@@ -218,7 +218,9 @@ class Bench:
     def distances(self, cell: Cell, count: int) -> np.ndarray:
         """How far the latents of each trajectory are off the reference, `[count]`."""
         if self.reference is None:
-            self.reference = self.gathered(latents, Cell(REFERENCE, "polynomial", False, 2 * FINE, FINE), count)
+            self.reference = self.gathered(
+                latents, Cell(REFERENCE, "polynomial", False, 2 * self.options.fine, self.options.fine), count
+            )
         off = self.gathered(latents, cell, count) - self.reference[:count]
         return off.square().flatten(1).mean(1).sqrt().numpy()
 
@@ -345,12 +347,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the rows; a plot goes beside it")
     parser.add_argument("--trajectories", type=int, default=TRAJECTORIES)
     parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--fine", type=int, default=FINE, help="steps of the reference")
     options = parser.parse_args()
     learned = [("ipndm", nfe) for nfe in (*NFE, *WITH_AFS)] + [(name, 6) for name in STUDENTS if name != "ipndm"]
     calls_of = NFE
     if options.quick:
-        learned, calls_of, options.trajectories, options.samples = [("ipndm", 4)], NFE[:1], 16, 64
-    settings = {"cfg": 1.0, "trajectories": options.trajectories, "samples": options.samples, "fine": FINE}
+        learned, calls_of = [("ipndm", 4)], NFE[:1]
+        options.trajectories, options.samples, options.fine = 16, 64, 40
+    settings = {"cfg": 1.0, "trajectories": options.trajectories, "samples": options.samples, "fine": options.fine}
     result = Result("amed", settings, options.json)
     kept = options.json.with_suffix(".partial") if options.json else Path(tempfile.mkdtemp())
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn"), single_threaded) as pool:

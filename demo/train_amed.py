@@ -1,6 +1,6 @@
 """Trains the AMED predictors for Toy Portraits. From the root, with a ComfyUI as in the tests:
 
-    python -m demo.train_amed [STUDENT_NFE …] [--out DIR]      ipndm_4 ipndm_6 ipndm_8 ipndm_5
+    python -m demo.train_amed [STUDENT_NFE …] [--out DIR]      ipndm_4 ipndm_6 ipndm_5
 
 An odd number of model calls is one with AFS. Runs resume. cfg is 1, and each trajectory has a caption of its own.
 """
@@ -27,7 +27,7 @@ from sphereguide.samplers.amed import predictor as files
 from sphereguide.samplers.amed.training import Plan, Progress, settings_for, train
 
 FOLDER = toy_portraits.WEIGHTS / "amed"
-SHIPPED = ("ipndm_4", "ipndm_6", "ipndm_8", "ipndm_5")
+SHIPPED = ("ipndm_4", "ipndm_6", "ipndm_5")
 SHAPE = (4, 16, 16)
 PLAN = Plan(trajectories=192, epochs=6, batch_size=16, learning_rate=0.02)
 CAPTIONS = portraits.VALIDATION_SEEDS[1000:1256]
