@@ -295,6 +295,7 @@ class AMEDSave:
     FUNCTION = "save"
     OUTPUT_NODE = True
     RETURN_TYPES = ()
+    OUTPUT_TOOLTIPS = ()
     SEARCH_ALIASES = ["amed", "save predictor", "few steps"]
 
     @classmethod
