@@ -29,6 +29,7 @@ __all__ = [
     "base_model",
     "chain",
     "controls",
+    "encoded",
     "fitted",
     "guider",
     "kept_activations",
@@ -306,6 +307,15 @@ def sample_latent(
 
 
 _RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # of 2026: empty latents fit themselves to a model
+
+
+def encoded(clip: Any, text: str) -> list[Any]:
+    """The CONDITIONING of a text, as CLIPTextEncode makes it."""
+    tokens = clip.tokenize(text)
+    if hasattr(clip, "encode_from_tokens_scheduled"):  # since December 2024
+        return clip.encode_from_tokens_scheduled(tokens)
+    found, pooled = clip.encode_from_tokens(tokens, return_pooled=True)
+    return [[found, {"pooled_output": pooled}]]
 
 
 def fitted(model: Any, latent: dict[str, Any]) -> Tensor:

@@ -39,6 +39,7 @@ import comfy.samplers  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from result import Result  # noqa: E402
+from sphereguide import host  # noqa: E402
 from sphereguide.demo import judge as judging  # noqa: E402
 from sphereguide.demo import portraits, toy_portraits, train_amed  # noqa: E402
 from sphereguide.samplers.amed import predictor as files  # noqa: E402
@@ -83,13 +84,9 @@ def loaded() -> tuple[Any, Any, Any, Any]:
     """MODEL, a prompt for each trajectory, the empty one, VAE. As nodes would do it: in inference mode."""
     with torch.inference_mode():
         model, clip, vae = toy_portraits.load()
-
-        def encode(text: str) -> list[Any]:
-            tokens, pooled = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)
-            return [tokens, {"pooled_output": pooled}]
-
-        captions = [portraits.caption(portraits.sample(seed)) for seed in portraits.TEST_SEEDS[:SAMPLES]]
-        return model, [encode(text) for text in captions], [encode("")], vae
+        texts = (portraits.caption(portraits.sample(seed)) for seed in portraits.TEST_SEEDS[:SAMPLES])
+        captions = [entry for text in texts for entry in host.encoded(clip, text)]
+        return model, captions, host.encoded(clip, ""), vae
 
 
 def predictor_file(student: str, nfe: int, folder: Path) -> Path:

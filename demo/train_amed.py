@@ -22,6 +22,7 @@ if __name__ == "__main__":
 
 import comfy.samplers
 import torch
+from sphereguide import host
 from sphereguide.demo import portraits, toy_portraits
 from sphereguide.samplers.amed import predictor as files
 from sphereguide.samplers.amed.training import Plan, Progress, settings_for, train
@@ -57,17 +58,13 @@ def trained(student: str, nfe: int, path: Path) -> None:
     """Writes the predictor to `path`; what is reached meanwhile lies beside it."""
     with torch.inference_mode():
         model, clip, _ = toy_portraits.load()
-
-        def encode(text: str) -> list[Any]:
-            tokens, pooled = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)
-            return [tokens, {"pooled_output": pooled}]
-
-        captions = [encode(portraits.caption(portraits.sample(seed))) for seed in CAPTIONS]
+        texts = (portraits.caption(portraits.sample(seed)) for seed in CAPTIONS)
+        captions = [entry for text in texts for entry in host.encoded(clip, text)]
         guider = comfy.samplers.CFGGuider(model)
         guider.set_cfg(1.0)
         settings = settings_for(model, **recipe(student, nfe))
         kept = path.with_suffix(".training.safetensors")
-        best, _ = train(guider, (captions, [encode("")]), SHAPE, settings, PLAN, kept, Progress.log)
+        best, _ = train(guider, (captions, host.encoded(clip, "")), SHAPE, settings, PLAN, kept, Progress.log)
     files.save(best, path)
     kept.unlink()
 

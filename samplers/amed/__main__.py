@@ -66,18 +66,10 @@ def load(options: argparse.Namespace) -> tuple[Any, Any, Any, tuple[int, ...]]:
         model, clip = comfy.sd.load_checkpoint_guess_config(str(options.checkpoint), output_vae=False)[:2]
     lines = options.prompts.read_text(encoding="utf-8").splitlines() if options.prompts else ()
     prompts = [*(options.prompt or ()), *(line for line in lines if line.strip())]
-
-    def encode(text: str) -> list[Any]:
-        tokens = clip.tokenize(text)
-        if hasattr(clip, "encode_from_tokens_scheduled"):  # since 2024-12
-            return clip.encode_from_tokens_scheduled(tokens)
-        encoded, pooled = clip.encode_from_tokens(tokens, return_pooled=True)
-        return [[encoded, {"pooled_output": pooled}]]
-
     width, height = (128, 128) if options.toy else options.size
     latent = host.fitted(model, {"samples": torch.zeros(1, 4, height // 8, width // 8)})
-    positive = [entry for text in prompts or [""] for entry in encode(text)]
-    return model, positive, encode(options.negative), tuple(latent.shape[1:])
+    positive = [entry for text in prompts or [""] for entry in host.encoded(clip, text)]
+    return model, positive, host.encoded(clip, options.negative), tuple(latent.shape[1:])
 
 
 def main() -> None:

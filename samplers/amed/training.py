@@ -375,10 +375,9 @@ class _Training:
 
     def _judge(self) -> None:
         """On trajectories that are not trained on; keeps the predictor if it is the best."""
-        predictor = AMEDPredictor(self.predictor.network, self.settings)
         if not self.history.errors:
-            self.history.student_error, _ = self._error(predictor, None)
-        error, midpoints = self._error(predictor, predictor)
+            self.history.student_error, _ = self._error(None)
+        error, midpoints = self._error(self.predictor)
         if not self.history.errors or error < min(e for _, e in self.history.errors):
             with torch.inference_mode(False):
                 self.best.network.load_state_dict(self.predictor.network.state_dict())
@@ -386,9 +385,7 @@ class _Training:
             self.best = replace(self.best, settings=replace(self.settings, **changed))
         self.history.errors.append((self.iteration, error))
 
-    def _error(
-        self, predictor: AMEDPredictor, chooser: Callable[..., Choice] | None
-    ) -> tuple[float, tuple[float, ...]]:
+    def _error(self, chooser: Callable[..., Choice] | None) -> tuple[float, tuple[float, ...]]:
         """Mean distance at the end, mean t_mid of each interval; without a chooser those of the student alone."""
         mine = list(range(max(1, JUDGED // self.world) * self.world))[self.rank :: self.world]
         found, middles = [], []
@@ -399,7 +396,7 @@ class _Training:
                 middles.append(choice.middle(t, t_next))
                 return choice
 
-            latents = sampled(predictor, choose, model, x, self.sigmas, extra_args)
+            latents = sampled(self.predictor, choose, model, x, self.sigmas, extra_args)
             found.append(_distances(latents, targets[-1]))
 
         for start in range(0, len(mine), self.plan.batch_size):
