@@ -292,6 +292,7 @@ def main() -> None:
         bench = Bench(result, pool, options.samples, kept)
         for cell in plan:
             bench.grid(*cell, options.grid)
+        for cell in plan:
             bench.calibration(*cell)
     verdicts(result.rows)
     if len(plan) < len(PLAN) and not options.quick:
