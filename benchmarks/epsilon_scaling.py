@@ -3,10 +3,10 @@
     python quickstart.py bench epsilon_scaling [--quick] [--json FILE] [--models ...] [--samplers ...] [--steps ...]
 
 Fréchet distance of a judge's features, which nothing was trained on, between samples and portraits of the test seeds.
-For each model, sampler and number of steps: no correction, uniform b on a grid that goes on for as long as the distance
-falls, and what **Calibrate Epsilon Scaling** finds from 128 samples and 256 portraits of the validation seeds: uniform,
-linear, measured, or that the correction stays off. All cells share their seeds, and `gain` is the distance without
-correction less that with it, with the standard error of the bootstrap over pairs.
+For each model, sampler and number of steps: no correction; what **Calibrate Epsilon Scaling** finds from 128 samples
+and 256 portraits of the validation seeds, uniform, linear, measured, or that the correction stays off; and uniform b on
+a grid, from there upwards or downwards for as long as the distance falls. All cells share their seeds, and `gain` is
+the distance without correction less that with it, with the standard error of the bootstrap over pairs.
 
 The models are the one that ships and the checkpoint half-way through its training, which the repository's history has.
 Core's node `Epsilon Scaling` is uniform, and the same as ours for this kind of model (tests/test_epsilon.py).
@@ -17,13 +17,14 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 import tempfile
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -54,10 +55,10 @@ PLAN = (
     ("shipped", "euler", 20),
     *(("half-trained", name, 10) for name in ("euler_ancestral", "euler")),
 )
-GRID = (1.02, 1.05, 1.08, 1.11, 1.14, 1.17, 1.2)
+GRID = (0.95, 0.98, 1.0, 1.02, 1.05, 1.08, 1.11, 1.14, 1.17, 1.2)
 FITTED = ("uniform", "linear", "measured")
-ALL_SHAPES = (("shipped", "euler", 10), ("shipped", "euler_ancestral", 10))
-"""Where all three are measured, and not only the one that the calibration names."""
+DETAILED = (("shipped", "euler", 10), ("shipped", "euler_ancestral", 10))
+"""Where all three schedules are measured, not only the one that the calibration names, and the grid from 1 on."""
 CHUNK = 40
 REAL_LATENTS = 256
 CALIBRATED_WITH = 128
@@ -123,7 +124,7 @@ def judge() -> judging.Judge:
     return judging.load(toy_portraits.WEIGHTS)
 
 
-def calibrated(model: str, name: str, steps: int) -> Calibration:
+def calibrated(model: str, name: str, steps: int, samples: int) -> Calibration:
     """What the node finds, from portraits that nothing was trained on."""
     patcher, empty, vae = loaded(model)
     with torch.inference_mode():
@@ -133,7 +134,13 @@ def calibrated(model: str, name: str, steps: int) -> Calibration:
         guider.set_conds(empty, empty)
         guider.set_cfg(1.0)
         sampler = comfy.samplers.sampler_object(name)
-        return calibrate(guider, sampler, sigmas(model, steps), latents, CALIBRATED_WITH, 32)
+        return calibrate(guider, sampler, sigmas(model, steps), latents, samples, 32)
+
+
+def kept_calibration(path: Path, *cell: Any) -> Calibration:
+    if not path.exists():
+        path.write_bytes(pickle.dumps(calibrated(*cell)))
+    return pickle.loads(path.read_bytes())
 
 
 def single_threaded() -> None:
@@ -156,8 +163,10 @@ def distances(found: np.ndarray, none: np.ndarray, real: Tensor) -> dict[str, fl
 
 
 class Bench:
-    def __init__(self, result: Result, pool: ProcessPoolExecutor, count: int, kept: Path) -> None:
-        self.result, self.pool, self.count, self.kept = result, pool, count, kept
+    def __init__(
+        self, result: Result, pool: ProcessPoolExecutor, count: int, values: Sequence[float], kept: Path
+    ) -> None:
+        self.result, self.pool, self.count, self.values, self.kept = result, pool, count, sorted(values), kept
         kept.mkdir(parents=True, exist_ok=True)
         data = portraits.dataset(portraits.TEST_SEEDS[1000 : 1000 + REFERENCES])["images"]
         self.real = judge().of(judging.to_tensor(data)).features
@@ -196,36 +205,46 @@ class Bench:
         print(f"{name}{row['b'] or 1:8.4f}{row['frechet']:9.4f}{row['gain']:+9.4f} ±{row['gain_se']:7.4f}", flush=True)
         return float(row["frechet"])
 
-    def grid(self, model: str, name: str, steps: int, values: Sequence[float]) -> None:
-        """Uniform b upwards for as long as the distance falls; the other side of 1 where the first step lost."""
-        best = none = self.row(Cell(model, name, steps, "none"))
-        for b in values:
-            found = self.row(Cell(model, name, steps, f"b {b:g}"), np.full(steps, b))
-            if found >= best:
+    def grid(self, model: str, name: str, steps: int, start: float) -> None:
+        """Uniform b from the value of the grid next to `start`, upwards or else downwards while the distance falls."""
+        begin = min(range(len(self.values)), key=lambda i: abs(self.values[i] - start))
+        for neighbours in (self.values[begin + 1 :], self.values[:begin][::-1]):
+            best = first = self.uniform(model, name, steps, self.values[begin])
+            for b in neighbours:
+                found = self.uniform(model, name, steps, b)
+                if found >= best:
+                    break
+                best = found
+            if best < first:
                 break
-            best = found
-        if best == none:
-            self.row(Cell(model, name, steps, f"b {2 - values[0]:g}"), np.full(steps, 2 - values[0]))
 
-    def calibration(self, model: str, name: str, steps: int) -> None:
-        """The schedule that the node names as the best; uniform where it names none."""
-        shapes = FITTED if (model, name, steps) in ALL_SHAPES else FITTED[:1]
-        cells = [Cell(model, name, steps, fitted) for fitted in shapes]
-        if any(self.result.find(asdict(cell)) is None for cell in cells):
-            found = self.pool.submit(calibrated, model, name, steps).result()
-            off, on, gain, error = found.gain
-            measured = {
-                "verdict": found.nearest if found.pays else "none",
-                "b_errors": [round(error, 4) for error in found.b_errors],
-                "power": [round(value, 4) for value in (off, on, gain, error)],
-                "ratio": np.round(found.ratio[0], 4).tolist(),
-                "delta": {"none": found.delta(found.before).tolist(), found.nearest: found.delta(found.after).tolist()},
-                "sigmas": [round(sigma, 4) for sigma in found.sigmas],
-            }
-            for shape in dict.fromkeys((found.nearest, *shapes)):
-                factors = found.scales[shape]
-                cell = Cell(model, name, steps, shape)
-                self.row(cell, factors, scales=np.round(factors, 5).tolist(), **measured)
+    def uniform(self, model: str, name: str, steps: int, b: float) -> float:
+        if b == 1:
+            return self.row(Cell(model, name, steps, "none"))
+        return self.row(Cell(model, name, steps, f"b {b:g}"), np.full(steps, b))
+
+    def calibration(self, model: str, name: str, steps: int) -> Future[Calibration]:
+        """What the node finds: in the background, and from the disk, where an interrupted run left it."""
+        path = self.kept / f"calibration_{model}_{name}_{steps}.pickle"
+        return self.pool.submit(kept_calibration, path, model, name, steps, min(CALIBRATED_WITH, self.count // 4))
+
+    def cell(self, model: str, name: str, steps: int, found: Calibration) -> None:
+        """Without correction; with the schedules of the calibration, all three or the one it names; the grid."""
+        detailed = (model, name, steps) in DETAILED
+        off, on, gain, error = found.gain
+        measured = {
+            "verdict": found.nearest if found.pays else "none",
+            "b_errors": [round(error, 4) for error in found.b_errors],
+            "power": [round(value, 4) for value in (off, on, gain, error)],
+            "ratio": np.round(found.ratio[0], 4).tolist(),
+            "delta": {"none": found.delta(found.before).tolist(), found.nearest: found.delta(found.after).tolist()},
+            "sigmas": [round(sigma, 4) for sigma in found.sigmas],
+        }
+        self.row(Cell(model, name, steps, "none"))
+        for shape in dict.fromkeys((found.nearest, *(FITTED if detailed else FITTED[:1]))):
+            factors = found.scales[shape]
+            self.row(Cell(model, name, steps, shape), factors, scales=np.round(factors, 5).tolist(), **measured)
+        self.grid(model, name, steps, 1.0 if detailed else float(found.scales["uniform"][0]))
 
 
 def verdicts(rows: list[dict[str, Any]]) -> None:
@@ -275,7 +294,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=("shipped", "half-trained"), help="of the plan")
     parser.add_argument("--samplers", nargs="+", help="of the plan")
     parser.add_argument("--steps", nargs="+", type=int, help="of the plan")
-    parser.add_argument("--grid", nargs="+", type=float, default=list(GRID), help="values of b to try, upwards from 1")
+    parser.add_argument("--grid", nargs="+", type=float, default=list(GRID), help="values of b to try")
     parser.add_argument("--samples", type=int, default=1000)
     options = parser.parse_args()
     chosen = (options.models, options.samplers, options.steps)
@@ -283,17 +302,16 @@ def main() -> None:
         cell for cell in PLAN if all(some is None or value in some for value, some in zip(cell, chosen, strict=True))
     ]
     if options.quick:
-        plan, options.grid, options.samples = plan[:1], [1.05], 80
+        plan, options.grid, options.samples = plan[:1], [1.0, 1.05], 80
     settings = {"scheduler": "normal", "cfg": 1.0, "prompt": "", "n": options.samples}
     result = Result("epsilon_scaling", settings, options.json)
     workers = min(os.cpu_count() or 1, 8)
     kept = options.json.with_suffix(".partial") if options.json else Path(tempfile.mkdtemp())
     with ProcessPoolExecutor(workers, get_context("spawn"), single_threaded) as pool:
-        bench = Bench(result, pool, options.samples, kept)
-        for cell in plan:
-            bench.grid(*cell, options.grid)
-        for cell in plan:
-            bench.calibration(*cell)
+        bench = Bench(result, pool, options.samples, options.grid, kept)
+        calibrations = [bench.calibration(*cell) for cell in plan]
+        for cell, found in zip(plan, calibrations, strict=True):
+            bench.cell(*cell, found.result())
     verdicts(result.rows)
     if len(plan) < len(PLAN) and not options.quick:
         print("A part of the plan: the rows are kept, and a run of the whole plan takes them over.")
