@@ -6,9 +6,11 @@ The repository root *is* the package, and its folder may be called anything: her
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import importlib.util
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -37,7 +39,8 @@ def import_host(cpu: bool, pytorch_attention: bool = False) -> None:
     args.cpu = cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     args.use_pytorch_cross_attention = pytorch_attention
     # ComfyUI makes its folders where it is told to, which must not be where the caller happens to run.
-    args.cwd = args.base_directory = tempfile.mkdtemp(prefix="sphereguide-")
+    args.cwd = args.base_directory = folder = tempfile.mkdtemp(prefix="sphereguide-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or min(4, os.cpu_count() or 1)))
 
     if not HOST:  # The packaged host gives custom nodes ComfyUI's module names in the same way.
