@@ -16,13 +16,11 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import transformers
-from bootstrap import ROOT
 from safetensors.torch import save_file
 from sphereguide.losses.base import Step
 from sphereguide.losses.classifier import Classification
 from sphereguide.models.classifier import NoisyLatentClassifier
 from sphereguide.models.decoder import Decoder
-from sphereguide.nodes import classifier as nodes
 from sphereguide.nodes.classifier import ClassifierLoss, LoadImageClassifier
 from sphereguide.samplers.autograd import differentiable
 from sphereguide.samplers.dsg import Guidance, guided
@@ -437,12 +435,3 @@ def test_the_loss_needs_no_host():
     images = pictures(2, 3, 5, 5)
     expected = F.cross_entropy(images.mean((2, 3)), torch.tensor([1, 1]), reduction="none")
     torch.testing.assert_close(Classification(Network(), 1)(images), expected)
-
-
-def test_every_node_explains_itself():
-    for node_id, (node, _) in nodes.NODES.items():
-        assert node.DESCRIPTION and node.CATEGORY.startswith("SphereGuide/") and node.SEARCH_ALIASES
-        assert len(node.OUTPUT_TOOLTIPS) == len(node.RETURN_TYPES) == len(node.RETURN_NAMES)
-        for inputs in node.INPUT_TYPES().values():
-            assert all(options["tooltip"] for _, options in inputs.values())
-        assert (ROOT / "web" / "docs" / f"{node_id}.md").exists()

@@ -21,7 +21,7 @@ from sphereguide.losses.base import Step
 from sphereguide.losses.clip import CLIPImage, CLIPText, Cutouts, cosine, spherical
 from sphereguide.models import clip_model
 from sphereguide.models.decoder import Decoder
-from sphereguide.nodes.clip import NODES, CLIPImageLoss, CLIPTextLoss, LoadOpenCLIP, weighted_texts
+from sphereguide.nodes.clip import CLIPImageLoss, CLIPTextLoss, LoadOpenCLIP, weighted_texts
 from sphereguide.samplers.autograd import differentiable
 
 open_clip = pytest.importorskip("open_clip")
@@ -738,13 +738,3 @@ def test_losses_name_the_network_to_load_and_hold_it(clip):
     for loss, kind in ((text_loss(clip), CLIPText), (image_loss(clip, torch.rand(1, 8, 8, 3)), CLIPImage)):
         assert type(loss) is kind and loss.space == "image"
         assert loss.patchers == (clip.image,) and clip.tower in set(loss.modules())
-
-
-def test_every_node_explains_itself_and_has_a_page(models):
-    pages = Path(__file__).resolve().parent.parent / "web" / "docs"
-    for node_id, (node, name) in NODES.items():
-        inputs = {key: entry for group in node.INPUT_TYPES().values() for key, entry in group.items()}
-        assert all(options["tooltip"] for _, options in inputs.values())
-        assert node.DESCRIPTION and node.SEARCH_ALIASES and len(node.OUTPUT_TOOLTIPS) == len(node.RETURN_TYPES)
-        page = (pages / f"{node_id}.md").read_text(encoding="utf-8")
-        assert page.startswith(f"# {name}\n") and all(key in page for key in inputs)

@@ -20,7 +20,6 @@ from sphereguide.losses.measurement import (
     low_pass,
     motion_blur,
 )
-from sphereguide.nodes import NODE_CLASS_MAPPINGS
 from sphereguide.nodes.degrade import DegradeImage
 from sphereguide.nodes.measurement import (
     GaussianDeblurLoss,
@@ -243,13 +242,3 @@ def test_degrading_leaves_the_random_numbers_of_the_workflow_alone(image):
 def test_an_alpha_channel_is_dropped():
     rgba = torch.rand(1, 16, 16, 4)
     assert InpaintingLoss().make(rgba, torch.zeros(1, 16, 16))[0](rgba[..., :3].movedim(-1, 1)) == 0
-
-
-def test_every_node_explains_itself():
-    for node_id, node in NODE_CLASS_MAPPINGS.items():
-        assert node_id.startswith("SphereGuide")
-        assert node.DESCRIPTION and node.CATEGORY.startswith("SphereGuide/") and node.SEARCH_ALIASES
-        assert len(node.OUTPUT_TOOLTIPS) == len(node.RETURN_TYPES)
-        for inputs in node.INPUT_TYPES().values():
-            for name, (_, options) in inputs.items():
-                assert options["tooltip"], f"{node_id}.{name}"

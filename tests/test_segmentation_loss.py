@@ -554,12 +554,3 @@ def test_the_nodes_import_no_library_of_networks():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_every_node_explains_itself():
-    for node_id, (node, _) in nodes.NODES.items():
-        assert node.DESCRIPTION and node.CATEGORY.startswith("SphereGuide/") and node.SEARCH_ALIASES
-        assert len(node.OUTPUT_TOOLTIPS) == len(node.RETURN_TYPES) == len(node.RETURN_NAMES)
-        for inputs in node.INPUT_TYPES().values():
-            assert all(options["tooltip"] for _, options in inputs.values())
-        assert (ROOT / "web" / "docs" / f"{node_id}.md").exists()
