@@ -190,7 +190,7 @@ def install(python: Path, log: Path, arguments: list[str]) -> None:
         run_logged([*command, *arguments], log)
     except subprocess.CalledProcessError:
         raise Problem(
-            f"pip could not install what is needed. The end of {log}:\n{tail(log)}\n"
+            f"Could not install what is needed with pip. The end of {log}:\n{tail(log)}\n"
             "Check the network connection and the free space on the disk (8 GB are needed), then run the same command "
             "again: it starts over by itself."
         ) from None

@@ -40,7 +40,7 @@ class Classification(Loss):
         if not self.network.noise_aware:
             logits = self.network(images)
         elif step is None or step.timestep is None:
-            raise ValueError("Classifier Loss: a noise-aware classifier must be told the timestep, and none is given.")
+            raise ValueError("a noise-aware classifier must be told the timestep, and none is given")
         else:
             logits = self.network(images, step.timestep)
         log_p = F.logsigmoid(logits) if self.network.multi_label else F.log_softmax(logits, dim=1)

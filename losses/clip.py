@@ -63,8 +63,8 @@ class Cutouts:
     def __post_init__(self) -> None:
         if not 0 < self.smallest <= self.largest <= 1:
             raise ValueError(
-                f"The smallest cutout ({self.smallest:g}) must be above 0, and not larger than the largest "
-                f"({self.largest:g}), which is 1 at most."
+                f"the smallest cutout ({self.smallest:g}) must be above 0, and not larger than the largest "
+                f"({self.largest:g}), which is 1 at most"
             )
 
     def __call__(self, images: Tensor, size: tuple[int, int], step: Step) -> Tensor:

@@ -146,7 +146,7 @@ class Masked(Loss):
         super().__init__()
         rows, columns = (mask > 0).any(0)[0].any(1).nonzero(), (mask > 0).any(0)[0].any(0).nonzero()
         if not len(rows):
-            raise ValueError("Mask Loss: the mask is empty (0 everywhere), so that nothing would be guided.")
+            raise ValueError("Mask Loss: the mask is empty (0 everywhere). Paint what shall be guided.")
         height, width = mask.shape[-2:]
         self.box = (  # top, bottom, left, right, as shares of the image
             float(rows.min()) / height,

@@ -44,8 +44,8 @@ def gaussian_blur(images: Tensor, kernel_size: int, sigma: float) -> Tensor:
     if min(images.shape[-2:]) <= half:
         height, width = images.shape[-2:]
         raise ValueError(
-            f"kernel_size {kernel_size} is too large for an image of {width}×{height} pixels. "
-            f"Choose at most {2 * (min(height, width) - 1) + 1}."
+            f"A blur of kernel_size {kernel_size} is too wide for an image of {width}×{height} pixels. "
+            f"Choose a kernel_size of at most {2 * (min(height, width) - 1) + 1}."
         )
     offsets = torch.arange(-half, half + 1, device=images.device, dtype=images.dtype)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
@@ -65,7 +65,7 @@ def motion_blur(images: Tensor, length: float, angle: float) -> Tensor:
         height, width = images.shape[-2:]
         raise ValueError(
             f"A motion of {length:g} pixels is too long for an image of {width}×{height} pixels. "
-            f"Choose at most {2 * (min(height, width) - 1)}."
+            f"Choose a length of at most {2 * (min(height, width) - 1)}."
         )
     offsets = torch.arange(-half, half + 1, device=images.device, dtype=images.dtype)
     right, up = offsets, -offsets[:, None]

@@ -42,7 +42,7 @@ def weighted(text: str) -> list[tuple[str, float]]:
             raise ValueError(f"'{part}' is no layer. Write its name, or name:weight with a weight above 0.")
         layers.append((name.strip(), weight))
     if not layers:
-        raise ValueError("no layer is named.")
+        raise ValueError("no layer is named. Write one.")
     return layers
 
 

@@ -149,7 +149,10 @@ def load(path: Path, architecture: str, title: str) -> LoadedNetwork:
     else:
         network = _from_transformers(path, title)
     if len(network.labels) < 2 and not network.multi_label:
-        raise ValueError(f"{title}: {path} has {len(network.labels)} classes, and takes two or more to classify.")
+        raise ValueError(
+            f"{title}: {path} has {len(network.labels)} classes, and there is nothing to tell apart. Load a network of "
+            "two classes or more."
+        )
     return LoadedNetwork(managed(network))
 
 
@@ -158,12 +161,18 @@ def _from_file(path: Path, architecture: str, title: str) -> ImageClassifier:
     known = torchvision.models.list_models(module=torchvision.models)
     architecture = architecture.strip().lower() or architecture_of(path, known, title)
     if architecture not in known:
-        raise ValueError(f"{title}: torchvision has no classifier named '{architecture}'. It has: {', '.join(known)}.")
+        raise ValueError(
+            f"{title}: torchvision has no classifier named '{architecture}'. Set architecture to one of: "
+            f"{', '.join(known)}."
+        )
     weights = load_weights(path, title)
     # The head is torchvision's last layer of one of these names: classifier.6 of VGG, heads.head of a ViT …
     heads = [name for name in weights if re.fullmatch(r"(fc|head|heads\.head|classifier(\.\d+)?)\.weight", name)]
     if not heads:
-        raise ValueError(f"{title}: {path} does not fit the architecture {architecture}: it has no classifying head.")
+        raise ValueError(
+            f"{title}: {path} does not fit the architecture {architecture}: it has no classifying head. Choose another "
+            "architecture or file."
+        )
     head = max(heads, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
     classes = len(weights[head])
     published = published_weights(torchvision, architecture, path)
@@ -205,13 +214,16 @@ def _noise_aware(folder: Path, config: dict[str, Any], title: str) -> NoisyLaten
     if config.get("architecture") != NoisyLatentClassifier.__name__:
         raise ValueError(
             f"{title}: {folder} holds a noise-aware classifier of the architecture {config.get('architecture')!r}. "
-            f"The only one that is known is {NoisyLatentClassifier.__name__}."
+            f"The only one that is known is {NoisyLatentClassifier.__name__}. Load another."
         )
     settings = {key: value for key, value in config.items() if key not in ("architecture", "noise_aware")}
     try:
         with torch.random.fork_rng(devices=[]):
             network = NoisyLatentClassifier(**settings)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{title}: the settings in {folder / 'config.json'} make no classifier. ({error})") from error
+        raise ValueError(
+            f"{title}: the settings in {folder / 'config.json'} make no classifier. Get the folder again from where it "
+            f"comes. ({error})"
+        ) from error
     path = folder / "model.safetensors"
     return fill(network, load_weights(path, title), path, NoisyLatentClassifier.__name__, title)

@@ -310,15 +310,22 @@ def _local_source(choice: str) -> _Source:
         )
     config = folder / CONFIG
     if not config.is_file():
-        raise FileNotFoundError(f"{TITLE}: there is no {CONFIG} in {folder}. It comes with the weights.")
+        raise FileNotFoundError(
+            f"{TITLE}: there is no {CONFIG} in {folder}. Get it from where the weights come, and put it there."
+        )
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
         model_cfg = content.get("model_cfg", content)
         missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in model_cfg]
     except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{TITLE}: {config} can't be read, it may be a broken download. ({error})") from error
+        raise ValueError(
+            f"{TITLE}: {config} can't be read, it may be a broken download. Get it again. ({error})"
+        ) from error
     if missing:
-        raise ValueError(f"{TITLE}: {config} does not describe an open_clip model: it lacks {', '.join(missing)}.")
+        raise ValueError(
+            f"{TITLE}: {config} does not describe an open_clip model: it lacks {', '.join(missing)}. Get it again from "
+            "where the weights come."
+        )
     weights = [path for path in folder.iterdir() if path.suffix in folder_paths.supported_pt_extensions]
     weights.sort(key=lambda path: (path.suffix != ".safetensors", "open_clip" not in path.name, path.name))
     if not weights:
@@ -409,5 +416,5 @@ def _fill(open_clip: ModuleType, model: nn.Module, weights: Path) -> None:
     except (RuntimeError, KeyError, ValueError, StopIteration) as error:
         raise ValueError(
             f"{TITLE}: the weights in {weights} are not those of the architecture that its name or {CONFIG} tells. "
-            f"({str(error)[:500]})"
+            f"Correct the name, or get both files from one place. ({str(error)[:500]})"
         ) from error

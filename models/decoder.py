@@ -53,13 +53,24 @@ class Decoder:
             frames = _only_frame(latents) if latents.ndim == 5 else latents
             frames = F.interpolate(frames, size=small, mode="bicubic", antialias=True)
             latents = frames[:, :, None] if latents.ndim == 5 else frames
-        images = self.module.decode(latents.to(device=self.patcher.load_device, dtype=self.vae.vae_dtype))
+        images = self._decoded(latents.to(device=self.patcher.load_device, dtype=self.vae.vae_dtype))
         images = images.to(latents) * self.scale + self.shift
         images = _only_frame(images) if images.ndim == 5 else images
         if self.size < 1:
             size = [side * full // part for side, full, part in zip(images.shape[-2:], whole, small, strict=True)]
             images = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
         return images
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        try:
+            return self.module.decode(latents)
+        except RuntimeError as error:
+            if "channels" not in str(error):
+                raise
+            raise ValueError(
+                f"This VAE does not decode latents of {latents.shape[1]} channels. Connect the VAE of the model that "
+                "samples, or its TAESD VAE."
+            ) from error
 
 
 def _only_frame(video: Tensor) -> Tensor:

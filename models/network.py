@@ -20,6 +20,8 @@ from torch import Tensor, nn
 OWN = Path(__file__).resolve().parent.parent / "demo" / "weights"
 """Networks that come with the pack, in folders named like those of `models`."""
 
+PUT = "Put it there and press R in ComfyUI, or choose another."
+
 __all__ = ["choices", "load_weights", "managed", "models_folder", "needs", "path_of"]
 
 
@@ -59,7 +61,7 @@ def choices(name: str, contains: str = "config.json") -> list[str]:
     return list(found)
 
 
-def path_of(name: str, choice: str, title: str, advice: str = "") -> Path:
+def path_of(name: str, choice: str, title: str, advice: str = PUT) -> Path:
     """The file or folder that `choice` of `choices(name)` stands for.
 
     Raises FileNotFoundError, for the node of that title, if it is gone, with `advice` where to get it, and ValueError
@@ -68,11 +70,11 @@ def path_of(name: str, choice: str, title: str, advice: str = "") -> Path:
     for root in map(Path, folder_paths.get_folder_paths(name)):
         path = (root / choice).resolve()
         if root.resolve() not in path.parents:
-            raise ValueError(f"{title}: '{choice}' lies outside of models/{name}.")
+            raise ValueError(f"{title}: '{choice}' lies outside of models/{name}. Put it there, and choose it again.")
         if path.exists():
             return path
     places = ", ".join(folder_paths.get_folder_paths(name))
-    raise FileNotFoundError(f"{title}: '{choice}' is not in models/{name} (looked in {places}). {advice}".strip())
+    raise FileNotFoundError(f"{title}: '{choice}' is not in models/{name} (looked in {places}). {advice}")
 
 
 def load_weights(path: Path, title: str) -> dict[str, Tensor]:
@@ -86,14 +88,18 @@ def load_weights(path: Path, title: str) -> dict[str, Tensor]:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{title}: {path} is broken or holds more than weights, and is not read, since that could run code. Save "
-            f"its state_dict, best as .safetensors. ({error})"
+            f"{title}: {path} is broken or holds more than weights, and is not read, since that could run code. Get it "
+            "again, best as .safetensors, or save its state_dict alone."
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{title}: {path} can't be read, it may be a broken download. ({error})") from error
+        raise ValueError(
+            f"{title}: {path} can't be read, it may be a broken download. Get it again. ({error})"
+        ) from error
     weights = weights.get("state_dict", weights) if isinstance(weights, dict) else weights
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(f"{title}: {path} holds no weights by name (a state_dict), but {type(weights).__name__}.")
+        raise ValueError(
+            f"{title}: {path} holds no weights by name (a state_dict), but {type(weights).__name__}. Load another file."
+        )
     return weights
 
 

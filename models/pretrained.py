@@ -141,8 +141,8 @@ def fill(network: nn.Module, weights: dict[str, Tensor], path: Path, architectur
     except RuntimeError as error:
         lines = str(error).splitlines()
         raise ValueError(
-            f"{title}: {path} does not fit the architecture {architecture}. ({' '.join(lines[1:3]).strip()}"
-            f"{' …' if len(lines) > 3 else ''})"
+            f"{title}: {path} does not fit the architecture {architecture}. Choose another file, or the architecture "
+            f"that it is for. ({' '.join(lines[1:3]).strip()}{' …' if len(lines) > 3 else ''})"
         ) from error
     return network.float()
 
@@ -168,12 +168,15 @@ def transformers_network(folder: Path, auto_class: str, title: str) -> nn.Module
                 weights_only=True,
             )
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"{title}: transformers' {auto_class} can't load {folder}. ({error})") from error
+        raise ValueError(
+            f"{title}: transformers' {auto_class} can't load {folder}. Get all of its files again, or load another. "
+            f"({error})"
+        ) from error
     missing = [*report["missing_keys"], *report["mismatched_keys"]]
     if missing:
         raise ValueError(
             f"{title}: {folder} lacks weights that {type(network).__name__} needs ({missing[0]}"
-            f"{' and others' if len(missing) > 1 else ''}). It may be a backbone without a head, or another network."
+            f"{' and others' if len(missing) > 1 else ''}). It may be a backbone without a head. Load another."
         )
     return network.float()
 
@@ -191,12 +194,12 @@ def timm_network(folder: Path, title: str, headless: bool = False) -> tuple[nn.M
     if not (isinstance(architecture, str) and timm.is_model(architecture)):
         raise ValueError(
             f"{title}: timm {timm.__version__} knows no architecture '{architecture}', which config.json in {folder} "
-            "asks for."
+            "asks for. Update it:  pip install --upgrade timm"
         )
     files = (folder / name for name in ("model.safetensors", "pytorch_model.bin"))
     path = next((path for path in files if path.exists()), None)
     if path is None:
-        raise ValueError(f"{title}: {folder} has a config.json, but no model.safetensors beside it.")
+        raise ValueError(f"{title}: {folder} has a config.json, but no model.safetensors beside it. Put it there.")
     known = {**pretrained, **config}
     arguments = {key: known[key] for key in ("num_classes", "global_pool") if known.get(key) is not None}
     arguments |= config.get("model_args") or {}
@@ -211,7 +214,10 @@ def timm_network(folder: Path, title: str, headless: bool = False) -> tuple[nn.M
     data = timm.data.resolve_model_data_config(network)
     channels, *size = data["input_size"]
     if channels != 3:
-        raise ValueError(f"{title}: '{architecture}' of {folder} takes images of {channels} channels, not of 3.")
+        raise ValueError(
+            f"{title}: '{architecture}' of {folder} takes images of {channels} channels, not of 3. Load a network of "
+            "colour pictures."
+        )
     return network, Preprocessing(tuple(size), tuple(data["mean"]), tuple(data["std"])), config
 
 
@@ -220,7 +226,8 @@ def preprocessing_of(folder: Path, default: Preprocessing, title: str) -> Prepro
     path = folder / "preprocessor_config.json"
     if not path.exists():
         log.warning(
-            "%s: %s has no preprocessor_config.json. Taking mean %s, std %s and size %s.",
+            "%s: %s has no preprocessor_config.json. Taking mean %s, std %s and size %s; put the file there if the "
+            "network was trained with others.",
             *(title, folder, default.mean, default.std, default.size),
         )
         return default
@@ -251,4 +258,6 @@ def read_json(path: Path, title: str) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{title}: {path} can't be read. ({error})") from error
+        raise ValueError(
+            f"{title}: {path} can't be read. Get it again from where the weights come. ({error})"
+        ) from error

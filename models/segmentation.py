@@ -146,7 +146,8 @@ def _from_folder(folder: Path, title: str) -> SegmentationNetwork:
         len(palette) == len(labels) and all(re.fullmatch("#[0-9a-fA-F]{6}", str(color)) for color in palette)
     ):
         raise ValueError(
-            f"{title}: palette in {folder / 'config.json'} must list a '#rrggbb' for each of the {len(labels)} classes."
+            f"{title}: palette in {folder / 'config.json'} must list a '#rrggbb' for each of the {len(labels)} "
+            "classes. Correct it, or take it out."
         )
     return SegmentationNetwork(network, labels, preprocessing, palette, multiple=32, fixed=fixed)
 

@@ -262,7 +262,7 @@ class AMEDTrain:
         **plan: Any,
     ) -> dict[str, Any]:
         title = "Train AMED Predictor"
-        kept = _file(f"{name}.training", title) if name.strip() else None
+        kept = _file(name, title, ".training") if name.strip() else None
         figure = new_figure(title, 10, 4)  # before the work of minutes
         settings = settings_for(
             model,
@@ -395,7 +395,10 @@ class AMEDScheduler:
         latent: dict[str, Any] | None = None,
     ) -> tuple[Tensor]:
         if found := mismatches(predictor, model, None):
-            log.warning("AMED Scheduler: the predictor was trained for something else: this model has %s.", found[0])
+            log.warning(
+                "AMED Scheduler: the predictor was trained for something else: this model has %s. Train one for this.",
+                found[0],
+            )
         if points == "base":
             return (base_sigmas(predictor),)
         given = [value is not None for value in (positive, negative, latent)]
@@ -432,11 +435,11 @@ class AMEDSampler:
         return (amed_sampler(predictor),)
 
 
-def _file(name: str, title: str) -> Path:
-    """models/amed/<name>.safetensors. Raises ValueError, for the node of that title, for a name that is none."""
+def _file(name: str, title: str, kind: str = "") -> Path:
+    """models/amed/<name><kind>.safetensors. Raises ValueError, for the node of that title, for a name that is none."""
     folder = Path(folder_paths.models_dir, FOLDER).resolve()
     usable = len(name) <= 200 and not set(name) & set('<>:"|?*\\\0')
-    path = (folder / f"{name.strip()}.safetensors").resolve() if usable else folder
+    path = (folder / f"{name.strip()}{kind}.safetensors").resolve() if usable else folder
     if folder not in path.parents or path.name.startswith("."):
         raise ValueError(f"{title}: '{name}' is no name for a file in models/{FOLDER}. Take letters, such as toy_6.")
     return path

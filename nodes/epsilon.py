@@ -93,7 +93,10 @@ def scaling(
         try:
             return linear(k, b, sigmas)
         except ValueError as error:
-            raise ValueError(f"{title}: with k {k:g} and b {b:g} λ falls to 0 or below. {error}") from None
+            raise ValueError(
+                f"{title}: with k {k:g} and b {b:g} the divisor of the noise falls to 0 or below. Raise k or b. "
+                f"({error})"
+            ) from None
 
     return EpsilonScaling(counted if schedule == "linear" else lambda _: uniform(b), start_percent, end_percent)
 

@@ -20,7 +20,10 @@ def new_figure(title: str, width: float, height: float) -> Figure:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(f"{title} draws with matplotlib, which is missing. pip install matplotlib") from error
+        raise ImportError(
+            f"{title} draws with matplotlib, which can't be imported ({error}). Install it into the Python that runs "
+            "ComfyUI:  pip install matplotlib"
+        ) from error
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     return figure

@@ -56,7 +56,10 @@ class ILVRReference:
         end_percent: float,
     ) -> tuple[comfy.samplers.KSAMPLER]:
         if not hasattr(sampler, "sampler_function"):
-            raise ValueError(f"ILVR Reference: this sampler ({type(sampler).__name__}) does not show how it samples.")
+            kind = type(sampler).__name__
+            raise ValueError(
+                f"ILVR Reference: this sampler ({kind}) does not show how it samples. Connect one of KSamplerSelect."
+            )
         check_range("ILVR Reference", start_percent, end_percent, "the reference would never count")
         return (referenced(sampler, reference["samples"], factor, start_percent, end_percent),)
 

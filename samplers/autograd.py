@@ -214,9 +214,9 @@ def _alias(tensor: Tensor) -> Tensor:
         inner = {name: _alias(getattr(data, name)) for name in names}
         alias = type(data).__tensor_unflatten__(inner, context, data.size(), data.stride())
     else:
-        raise TypeError(
+        raise RuntimeError(
             f"The model has weights of type {type(data).__name__}, through which no gradient can be taken here. "
-            "Set gradient to 'fast', which needs no backward pass through the model."
+            "Load it in another format, or set gradient to 'fast', which needs no backward pass through the model."
         )
     if isinstance(tensor, nn.Parameter):
         alias = nn.Parameter(alias, requires_grad=False)

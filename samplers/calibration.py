@@ -196,13 +196,16 @@ def calibrate(
     """
     steps = tuple(sorted({sigma for sigma in sigmas[:-1].tolist() if sigma > 0}, reverse=True))
     if not steps:
-        raise ValueError("Calibrate Epsilon Scaling: the sigmas hold no step.")
+        raise ValueError(
+            "Calibrate Epsilon Scaling: the sigmas hold no step. Connect a schedule with a denoise above 0."
+        )
     if sigmas[-1] > 0:
         raise ValueError(
             f"Calibrate Epsilon Scaling: the sigmas end at noise ({float(sigmas[-1]):g}), and only finished images can "
             "be compared with real ones. Connect the whole schedule, not the upper part of SplitSigmas."
         )
     real = _power_of_images(latents)
+    _check_channels(latents, guider.model_patcher)
     runs = _Runs(guider, sampler, sigmas, steps, latents, samples, batch_size, seed, from_images, progress)
     training, before = runs.training(), runs.sampled(None)
     response, kinds = log_power(before.power, real), _kinds(len(steps), _ratio(before.curve, training.curve)[0])
@@ -253,7 +256,10 @@ def _power_of_images(latents: Tensor) -> np.ndarray:
     """Raises ValueError for latents that are none of several images."""
     title = "Calibrate Epsilon Scaling"
     if latents.is_nested or latents.ndim < 4:
-        raise ValueError(f"{title}: these latents are no pictures ({latents.ndim} dimensions), so they have no detail.")
+        raise ValueError(
+            f"{title}: these latents are no pictures ({latents.ndim} dimensions), so they have no detail. Connect "
+            "those of an image model."
+        )
     if torch.count_nonzero(latents) == 0:
         raise ValueError(f"{title}: the latent is empty. It needs real images: load some, and VAE Encode them.")
     if len(latents) < FEWEST:
@@ -269,6 +275,15 @@ def _power_of_images(latents: Tensor) -> np.ndarray:
             "if they come out black."
         )
     return real
+
+
+def _check_channels(latents: Tensor, patcher: Any) -> None:
+    channels = patcher.model.latent_format.latent_channels
+    if latents.shape[1] != channels:
+        raise ValueError(
+            f"Calibrate Epsilon Scaling: the latents have {latents.shape[1]} channels, and the model's have "
+            f"{channels}. VAE Encode the images with this model's VAE."
+        )
 
 
 def _errors(sampled: np.ndarray, real: np.ndarray, slope: np.ndarray) -> tuple[float, float]:
@@ -370,7 +385,7 @@ class _Runs:
         if not np.isfinite(run.curve.norms).any():
             raise RuntimeError(
                 "Calibrate Epsilon Scaling: the sampler asked the model at none of the noise levels of the schedule, "
-                "so there is nothing to compare."
+                "so there is nothing to compare. Take another sampler, such as euler."
             )
         return run
 

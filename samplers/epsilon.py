@@ -56,11 +56,13 @@ class EpsilonSchedule:
 
     def __post_init__(self) -> None:
         if not self.sigmas or len(self.sigmas) != len(self.scales):
-            raise ValueError(f"{len(self.scales)} scales for {len(self.sigmas)} noise levels: there must be one each.")
+            raise ValueError(
+                f"there are {len(self.scales)} scales for {len(self.sigmas)} noise levels, and must be one each"
+            )
         if self.sigmas[0] <= 0 or any(b <= a for a, b in zip(self.sigmas, self.sigmas[1:], strict=False)):
-            raise ValueError("The noise levels of an epsilon schedule must rise, and be above 0.")
+            raise ValueError("the noise levels of an epsilon schedule must rise, and be above 0")
         if bad := [scale for scale in self.scales if not 0 < scale < float("inf")]:
-            raise ValueError(f"Noise can't be divided by {bad[0]:g}: λ must be above 0.")
+            raise ValueError(f"noise can't be divided by {bad[0]:g}: λ must be above 0")
 
     def __call__(self, sigma: float) -> float:
         return float(np.interp(np.log(sigma), np.log(self.sigmas), self.scales))

@@ -163,7 +163,7 @@ def steered(
         if not guided_model.guided_calls:
             log.warning(
                 "%s: no step of this run lies where start_percent, end_percent and the schedule of the loss allow "
-                "guidance.",
+                "guidance, so none was guided. Widen them, or take more steps.",
                 objective.METHOD,
             )
         trace.warn_of_skipped_steps()

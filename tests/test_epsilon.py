@@ -283,7 +283,10 @@ def test_the_widgets_and_what_cannot_be_meant(model: Any, node: type) -> None:
 
 
 def test_a_linear_schedule_that_falls_to_0_is_refused_when_it_runs(model: Any) -> None:
-    with pytest.raises(ValueError, match=r"Epsilon Scaling Sampler: with k -0\.1 and b 0\.5 λ falls to 0"):
+    with pytest.raises(
+        ValueError,
+        match=r"Epsilon Scaling Sampler: with k -0\.1 and b 0\.5 the divisor of the noise falls to 0 .*Raise k or b",
+    ):
         run(scale("euler", schedule="linear", k=-0.1, b=0.5), model, steps=10)
 
 

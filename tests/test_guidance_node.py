@@ -162,6 +162,12 @@ def test_a_smaller_decode_reserves_less_and_refuses_several_frames():
     assert image.shape == (1, 3, 64, 64)
 
 
+def test_a_vae_of_another_kind_of_model_is_refused_with_what_to_connect():
+    vae = tiny_models.TinyVAE()
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"latents of 16 channels\. Connect the VAE"):
+        Decoder(vae)(torch.zeros(1, 16, 8, 8))
+
+
 def test_a_small_decode_guides_measured_images():
     known = torch.rand(1, 3, 64, 64, generator=torch.manual_seed(1))
     results = {}

@@ -180,14 +180,18 @@ def load(path: Path, title: str = "Load AMED Predictor") -> AMEDPredictor:
     """
     weights, metadata = _open(path, title)
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{title}: {path} is no predictor of Train AMED Predictor. The authors' own are not read.")
+        raise ValueError(
+            f"{title}: {path} is no predictor of Train AMED Predictor. Choose another; the authors' own are not read."
+        )
     weights = {name: value for name, value in weights.items() if not name.startswith(TRAINING)}
     try:
         predictor = AMEDPredictor.untrained(settings_of(json.loads(metadata["settings"])))
         with torch.inference_mode(False):
             predictor.network.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{title}: {path} does not fit this version of SphereGuide. ({error})") from error
+        raise ValueError(
+            f"{title}: {path} does not fit this version of SphereGuide. Update it, or train anew. ({error})"
+        ) from error
     if not all(value.isfinite().all() for value in weights.values()):
         raise ValueError(f"{title}: {path} holds numbers that are not finite. Train it anew, at a lower learning rate.")
     return predictor
@@ -205,7 +209,10 @@ def _open(path: Path, title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{title}: {path} can't be read, it may be damaged or cut short. ({error})") from error
+        raise ValueError(
+            f"{title}: {path} can't be read, it may be damaged or cut short. Get it again, or delete it and train "
+            f"anew. ({error})"
+        ) from error
 
 
 def settings_of(values: dict[str, Any]) -> AMEDSettings:

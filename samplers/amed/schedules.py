@@ -39,8 +39,8 @@ def time_points(
         raise ValueError(f"There is no schedule '{schedule}'. There are: {', '.join(SCHEDULES)}.")
     if steps < 1 or not 0 < sigma_min < sigma_max or rho <= 0:
         raise ValueError(
-            f"No schedule of {steps} steps from sigma {sigma_max:g} to {sigma_min:g} with ρ {rho:g}: at least one step "
-            "is needed, a sigma_min above 0 and below sigma_max, and a ρ above 0."
+            f"There is no schedule of {steps} steps from sigma {sigma_max:g} to {sigma_min:g} with ρ {rho:g}: take at "
+            "least one step, a sigma_min above 0 and below sigma_max, and a ρ above 0."
         )
     way = np.linspace(0, 1, steps + 1)
 
@@ -70,7 +70,7 @@ def time_points(
     points[0], points[-1] = sigma_max, sigma_min
     if not (np.diff(points) < 0).all():
         raise ValueError(
-            f"{schedule} with {steps} steps gives {', '.join(f'{sigma:.4g}' for sigma in points)}, which does not fall "
-            "from point to point. Take fewer steps, or another schedule."
+            f"The schedule {schedule} with {steps} steps gives {', '.join(f'{sigma:.4g}' for sigma in points)}, which "
+            "does not fall from point to point. Take fewer steps, or another schedule."
         )
     return [float(sigma) for sigma in points]

@@ -206,7 +206,8 @@ class _Training:
         if plan.trajectories < plan.batch_size or plan.epochs < 1 or plan.batch_size % self.world:
             raise ValueError(
                 f"{TITLE}: {plan.trajectories} trajectories in batches of {plan.batch_size}, {plan.epochs} times, by "
-                f"{self.world} processes: there must be a batch at least, and each process must have an equal part."
+                f"{self.world} processes, leave one without work. Raise trajectories to a batch at least, and take a "
+                "batch_size that the processes can share."
             )
         if plan.objective not in OBJECTIVES:
             raise ValueError(f"{TITLE}: there is no objective '{plan.objective}'. There are: {', '.join(OBJECTIVES)}.")
@@ -539,7 +540,9 @@ def _of_samples(conditioning: Any, batch: list[int]) -> Any:
                 "without areas, masks or ControlNets of their own."
             )
     if any(entry.keys() != options.keys() for _, entry in chosen):
-        raise ValueError(f"{TITLE}: the prompts are of different kinds, and can't share a batch.")
+        raise ValueError(
+            f"{TITLE}: the prompts are of different kinds, and can't share a batch. Make all with the same nodes."
+        )
     return [[tokens, options]]
 
 
