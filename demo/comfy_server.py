@@ -78,7 +78,7 @@ class ComfyServer:
     """A server process; also a context manager.
 
     base: scratch directory, made if absent. pack_name: the folder that the pack seems to lie in. device: "cpu", or
-    "auto" to leave the choice to ComfyUI. What the server prints goes to `log_path`.
+    "auto" to leave the choice to ComfyUI. pack: where the pack is. What the server prints goes to `log_path`.
     """
 
     def __init__(
@@ -88,6 +88,7 @@ class ComfyServer:
         pack_name: str = "sphereguide",
         port: int | None = None,
         device: str = "cpu",
+        pack: Path = PACK,
     ) -> None:
         self.base = Path(base).resolve()
         self.port = port or free_port()
@@ -98,7 +99,7 @@ class ComfyServer:
         self.output = self.base / "output"
         for folder in ("custom_nodes", "input", "models", "output", "temp", "user"):
             (self.base / folder).mkdir(parents=True, exist_ok=True)
-        link_pack(self.base / "custom_nodes" / pack_name)
+        link_pack(self.base / "custom_nodes" / pack_name, pack)
         self.command = [*host_command(self.base), "--port", str(self.port)]
         if device == "cpu":
             self.command.append("--cpu")
@@ -281,26 +282,26 @@ def host_command(base: Path) -> list[str]:
     return [*command, "--extra-model-paths-config", str(paths)]
 
 
-def link_pack(target: Path) -> None:
+def link_pack(target: Path, pack: Path = PACK) -> None:
     """Make the pack appear at `target`: a link, or a copy where the file system has no links."""
-    if target.exists() and target.samefile(PACK):
+    if target.exists() and target.samefile(pack):
         return
     if target.is_symlink():
         target.unlink()
     elif target.exists():
         shutil.rmtree(target)  # An earlier copy, which may be old. Of a junction it removes only the junction
     try:
-        target.symlink_to(PACK, target_is_directory=True)
+        target.symlink_to(pack, target_is_directory=True)
     except OSError:  # Windows, without developer mode
         if sys.platform == "win32":
             import _winapi
 
             try:
-                _winapi.CreateJunction(str(PACK), str(target))
+                _winapi.CreateJunction(str(pack), str(target))
                 return
             except OSError:
                 pass
-        shutil.copytree(PACK, target, ignore=shutil.ignore_patterns(".*", "output", "__pycache__"))
+        shutil.copytree(pack, target, ignore=shutil.ignore_patterns(".*", "output", "__pycache__"))
 
 
 def free_port() -> int:
