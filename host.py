@@ -39,6 +39,7 @@ __all__ = [
     "sample_latent",
     "stochastic_samplers",
     "streamed_layers",
+    "tell",
     "training_kernels",
     "with_differentiable_attention",
     "wrap_samplers",
@@ -336,6 +337,18 @@ def _latent_preview() -> ModuleType:
     except ImportError:  # PyPI's package of 2024
         from comfy.cmd import latent_preview
     return latent_preview
+
+
+def tell(event: str, data: dict[str, Any]) -> None:
+    """Sends an event to whoever queued the prompt that runs now: a page, or a program on the websocket.
+
+    Where no server runs it, or nobody listens, nothing happens.
+    """
+    modules = (sys.modules.get(name) for name in ("server", "comfy.cmd.server"))  # the second: PyPI's package of 2024
+    servers = (getattr(getattr(module, "PromptServer", None), "instance", None) for module in modules)
+    server = next(filter(None, servers), None)
+    if server is not None and server.client_id is not None:
+        server.send_sync(event, {**data, "prompt_id": server.last_prompt_id}, server.client_id)
 
 
 class Probe(comfy.samplers.KSAMPLER):

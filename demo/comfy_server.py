@@ -72,6 +72,7 @@ class Run:
     cached: set[str] = field(default_factory=set)
     progress: list[tuple[str | None, int, int]] = field(default_factory=list)  # (node, value, max), one an event
     previews: list[bytes] = field(default_factory=list)  # encoded images
+    guided: list[dict] = field(default_factory=list)  # what guidance told of its steps
 
 
 class ComfyServer:
@@ -245,6 +246,8 @@ class ComfyServer:
                     on_progress(run)
                 elif data.get("prompt_id") != run.prompt_id:
                     continue
+                elif kind == "sphereguide.trace":
+                    run.guided.append(data)
                 elif kind == "execution_cached":
                     run.cached.update(data["nodes"])
                 elif kind == "execution_error":

@@ -149,6 +149,8 @@ RATE_STEPS: dict[str, Any] = {
         },
     ),
 }
+#: The page draws the loss on the node while it samples.
+HIDDEN = {"unique_id": "UNIQUE_ID"}
 #: Optional, so that workflows from before they existed still run; their widgets come last for the same reason.
 DSG_OPTIONS = VAE | RATE_STEPS | RECURRENCE | DECODE_SIZE
 
@@ -201,13 +203,18 @@ class DSGGuidance:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": SAMPLER | LOSS | RATE | STEPS, "optional": DSG_OPTIONS}
+        return {"required": SAMPLER | LOSS | RATE | STEPS, "optional": DSG_OPTIONS, "hidden": HIDDEN}
 
     def guide(
-        self, sampler: comfy.samplers.KSAMPLER, loss: Loss, vae: Any = None, **settings: Any
+        self,
+        sampler: comfy.samplers.KSAMPLER,
+        loss: Loss,
+        vae: Any = None,
+        unique_id: str | None = None,
+        **settings: Any,
     ) -> tuple[comfy.samplers.KSAMPLER, GuidanceTrace]:
         checked(sampler, Guidance)
-        trace = GuidanceTrace()
+        trace = GuidanceTrace(unique_id)
         return guided(sampler, dsg(loss, vae, **settings), trace), trace
 
 
@@ -227,10 +234,12 @@ class DSGGuidanceModel:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         model = {"model": ("MODEL", {"tooltip": "The model, after its LoRAs and other patches."})}
-        return {"required": model | LOSS | RATE | STEPS, "optional": DSG_OPTIONS}
+        return {"required": model | LOSS | RATE | STEPS, "optional": DSG_OPTIONS, "hidden": HIDDEN}
 
-    def guide(self, model: Any, loss: Loss, vae: Any = None, **settings: Any) -> tuple[Any, GuidanceTrace]:
-        guidance, trace = dsg(loss, vae, **settings), GuidanceTrace()
+    def guide(
+        self, model: Any, loss: Loss, vae: Any = None, unique_id: str | None = None, **settings: Any
+    ) -> tuple[Any, GuidanceTrace]:
+        guidance, trace = dsg(loss, vae, **settings), GuidanceTrace(unique_id)
 
         def change(sampler: comfy.samplers.KSAMPLER) -> comfy.samplers.KSAMPLER:
             return guided(checked(sampler, Guidance), guidance, trace)
@@ -300,7 +309,7 @@ class DSGKSampler:
                 },
             ),
         }
-        return {"required": ksampler | LOSS | run | RATE | STEPS, "optional": DSG_OPTIONS}
+        return {"required": ksampler | LOSS | run | RATE | STEPS, "optional": DSG_OPTIONS, "hidden": HIDDEN}
 
     def sample(
         self,
@@ -316,9 +325,11 @@ class DSGKSampler:
         scheduler: str,
         denoise: float,
         vae: Any = None,
+        unique_id: str | None = None,
         **settings: Any,
     ) -> tuple[dict[str, Any], GuidanceTrace]:
-        sampler, trace = checked(comfy.samplers.sampler_object(sampler_name), Guidance), GuidanceTrace()
+        sampler = checked(comfy.samplers.sampler_object(sampler_name), Guidance)
+        trace = GuidanceTrace(unique_id)
         sampler = guided(sampler, dsg(loss, vae, **settings), trace)
         sigmas = comfy.samplers.KSampler(
             model, steps, model.load_device, sampler_name, scheduler, denoise, model.model_options
@@ -356,13 +367,19 @@ class DPSGuidance:
                 },
             )
         }
-        return {"required": SAMPLER | LOSS | size | STEPS, "optional": VAE | DECODE_SIZE}
+        return {"required": SAMPLER | LOSS | size | STEPS, "optional": VAE | DECODE_SIZE, "hidden": HIDDEN}
 
     def guide(
-        self, sampler: comfy.samplers.KSAMPLER, loss: Loss, vae: Any = None, decode_scale: float = 1.0, **settings: Any
+        self,
+        sampler: comfy.samplers.KSAMPLER,
+        loss: Loss,
+        vae: Any = None,
+        decode_scale: float = 1.0,
+        unique_id: str | None = None,
+        **settings: Any,
     ) -> tuple[comfy.samplers.KSAMPLER, GuidanceTrace]:
         checked(sampler, Posterior)
-        trace = GuidanceTrace()
+        trace = GuidanceTrace(unique_id)
         return posterior_guided(sampler, objective(Posterior, loss, vae, decode_scale, **settings), trace), trace
 
 

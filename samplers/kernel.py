@@ -134,7 +134,7 @@ def steered(
         disable: bool | None = None,
         **options: Any,
     ) -> Tensor:
-        trace.begin(objective.METHOD)
+        trace.begin(objective.METHOD, len(sigmas) - 1)
         arguments: dict[str, Any] = {"callback": callback, "disable": disable, **options}
         if objective.off or len(sigmas) < 2:
             trace.finished = True

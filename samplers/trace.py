@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import host
+
 if TYPE_CHECKING:
     from .kernel import Evaluation
 
@@ -45,9 +47,14 @@ class GuidanceTrace:
     """Emptied when a run begins, filled while it samples, read by the nodes behind the sampler.
 
     A run that is cancelled or fails leaves what it had until then, and `finished` false.
+
+    node    the id of its node in the prompt. The page that runs it gets an event `sphereguide.trace` when a run begins,
+            `{node, steps}`, and at each guided step, with `step` and `loss`: one a sample, None where not finite.
     """
 
+    node: str | None = None
     method: str = ""
+    scheduled: int = 0
     finished: bool = False
     _records: list[dict[str, Any]] = field(default_factory=list)
 
@@ -62,9 +69,11 @@ class GuidanceTrace:
             for record in self._records
         ]
 
-    def begin(self, method: str) -> None:
-        self.method, self.finished = method, False
+    def begin(self, method: str, scheduled: int) -> None:
+        """scheduled: the number of steps in the schedule."""
+        self.method, self.scheduled, self.finished = method, scheduled, False
         self._records.clear()
+        self._tell()
 
     def record(self, at: Evaluation, sigma_next: Tensor, noise: Tensor | None, usable: Tensor) -> None:
         """Tensors stay on their device until `steps` is read.
@@ -77,6 +86,16 @@ class GuidanceTrace:
             radius = (noise * guided).flatten(1).square().sum(1).div(guided.flatten(1).sum(1)).sqrt()
         values = {"sigma": at.sigma.max(), "sigma_next": sigma_next, "loss": at.loss, "gradient_norm": at.norm}
         self._records.append({"step": at.step, **values, "radius": radius, "skipped": ~usable})
+        self._tell(at)
+
+    def _tell(self, at: Evaluation | None = None) -> None:
+        if self.node is None:
+            return
+        data: dict[str, Any] = {"node": self.node, "steps": self.scheduled}
+        if at is not None:  # JSON, as pages read it, has no NaN
+            loss = [value if math.isfinite(value) else None for value in at.loss.tolist()]
+            data |= {"step": at.step, "loss": loss}
+        host.tell("sphereguide.trace", data)
 
     def warn_of_skipped_steps(self) -> None:
         """One warning a run, if any draw was left alone."""
