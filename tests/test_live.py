@@ -112,11 +112,11 @@ def test_every_node_with_a_trace_knows_its_id():
 
 
 def test_telling_costs_microseconds(server):
-    """A step of the smallest network takes some ten thousand of them."""
-    started = time.perf_counter()
+    """A guided step of the smallest network takes some ten thousand of them."""
+    started = time.thread_time()
     for _ in range(100):
         host.tell("sphereguide.trace", {"node": "7", "steps": 20, "step": 3, "loss": [0.25]})
-    assert (time.perf_counter() - started) / 100 < 1e-3
+    assert (time.thread_time() - started) / 100 < 2e-4
 
 
 # In a running ComfyUI

@@ -36,11 +36,18 @@ pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.skipif(reason_to
 
 def dropped(server: ComfyServer, workflow: dict, tmp_path: Path, **environment: str) -> dict:
     """What the page says of the workflow, which it has been given and has queued."""
+    return in_page("page.cjs", server, workflow, tmp_path, **environment)
+
+
+def in_page(
+    script: str, server: ComfyServer, workflow: dict, tmp_path: Path, *arguments: str, **environment: str
+) -> dict:
+    """What a script of the tests says, which has given the workflow to the page."""
     for picture in (ROOT / "workflows").glob("sphereguide_*.png"):
         shutil.copy(picture, server.input)
     (path := tmp_path / "workflow.json").write_text(json.dumps(workflow), encoding="utf-8")
     page = subprocess.run(
-        ["node", str(ROOT / "tests" / "page.cjs"), server.url, str(path)],
+        ["node", str(ROOT / "tests" / script), server.url, str(path), *arguments],
         env={**os.environ, "CHROMIUM": CHROMIUM or "", **environment},
         capture_output=True,
         text=True,
@@ -49,8 +56,6 @@ def dropped(server: ComfyServer, workflow: dict, tmp_path: Path, **environment: 
     assert page.returncode == 0, page.stderr
     seen = json.loads(page.stdout)
     assert seen["missing"] == []
-    for node in seen["prompt"].values():
-        node["inputs"].pop("upload", None)  # the older page sends its upload button along
     return seen
 
 
@@ -67,7 +72,11 @@ def read(name: str, steps: int) -> tuple[dict, dict]:
 
 
 def asked(prompt: dict) -> dict:
-    return {key: (node["class_type"], node["inputs"]) for key, node in prompt.items()}
+    return {
+        # The older page sends its upload button along.
+        key: (node["class_type"], {name: value for name, value in node["inputs"].items() if name != "upload"})
+        for key, node in prompt.items()
+    }
 
 
 @pytest.mark.parametrize("name", [*RESTORED, *STEERED])
@@ -103,8 +112,6 @@ def test_the_report_says_on_the_node_what_happened_and_leaves_the_prompt_alone(
     first, sample = seen["said"].splitlines()
     assert first.startswith("DSG Guidance: 4 steps guided, sigma ")
     assert sample.startswith("sample 1: loss ") and sample.endswith("no steps skipped")
-    for node in seen["later"].values():
-        node["inputs"].pop("upload", None)
     assert asked(seen["later"]) == asked(twin)
 
 
@@ -119,6 +126,36 @@ def test_the_calibration_says_its_verdict_on_the_node(
     seen = dropped(comfy_server, workflow, tmp_path, SAYS="SphereGuideEpsilonScalingCalibrate")
     assert asked(seen["prompt"]) == asked(twin)
     assert f"{samples} samples leave b uncertain" in seen["said"]
+
+
+def test_a_session_drop_queue_turn_the_strength_queue_and_drop_the_picture(
+    comfy_server: ComfyServer, tmp_path: Path
+) -> None:
+    workflow, twin = read("toy_inpainting", steps=4)
+    seen = in_page("session.cjs", comfy_server, workflow, tmp_path, "0.7")
+    dropped, once, twice, back = (seen[moment] for moment in ("dropped", "once", "twice", "back"))
+    assert seen["errors"] == []
+    assert asked(dropped["prompt"]) == asked(once["prompt"]) == asked(back["prompt"]) == asked(twin)
+    assert twice["rate"] == pytest.approx(0.7)
+    assert once["pixels"] != twice["pixels"]
+    assert back["rate"] == dropped["rate"] == 0.2
+
+    # The curve: nothing before a run, a point a guided step, anew in each run; the node keeps its height.
+    assert dropped["curve"] == back["curve"] == []
+    assert [step for step, _ in once["curve"]] == [step for step, _ in twice["curve"]] == [0, 1, 2]
+    assert once["curve"] != twice["curve"]
+    assert all(loss > 0 for _, (loss,) in once["curve"])
+    assert {moment["height"] for moment in (dropped, once, twice, back)} == {dropped["height"]}
+
+    # What was drawn or said is not in the saved workflow, and no value there has moved.
+    written = values(workflow["nodes"])
+    assert values(dropped["saved"]) == values(once["saved"]) == values(back["saved"]) == written
+    assert all("loss curve" not in node.get("widgets_values_named", {}) for node in once["saved"])
+
+
+def values(nodes: list[dict]) -> dict[int, list]:
+    """What a saved workflow holds of the widgets of the pack's nodes."""
+    return {node["id"]: node.get("widgets_values") or [] for node in nodes if node["type"].startswith("SphereGuide")}
 
 
 def finished(server: ComfyServer, earlier: set[str], timeout: float = 300.0) -> dict:

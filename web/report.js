@@ -1,6 +1,7 @@
 // Shows on a node what it says about a run.
 import { app } from "../../scripts/app.js";
 import { ComfyWidgets } from "../../scripts/widgets.js";
+import { unsaved } from "./unsaved.js";
 
 const SHOWN = {
   SphereGuideReport: "summary",
@@ -19,12 +20,8 @@ app.registerExtension({
       if (!output?.text) return;
       let widget = this.widgets?.find((widget) => widget.name === shown);
       if (!widget) {
-        widget = ComfyWidgets.STRING(this, shown, ["STRING", { multiline: true }], app).widget;
+        widget = unsaved(this, ComfyWidgets.STRING(this, shown, ["STRING", { multiline: true }], app).widget);
         widget.inputEl.readOnly = true;
-        // What a run said is not part of the workflow: neither saved with it nor sent with the prompt.
-        widget.serialize = false;
-        widget.options = { ...widget.options, serialize: false };
-        widget.serializeValue = () => undefined;
       }
       widget.value = output.text.join("\n");
       this.setSize?.([this.size[0], Math.max(this.size[1], this.computeSize()[1])]);
