@@ -21,7 +21,7 @@ from sphereguide.samplers.dps import Posterior, posterior_guided
 from sphereguide.samplers.dsg import Guidance, guided
 from sphereguide.samplers.trace import GuidanceTrace
 from test_dsg import Distance
-from test_guidance_node import guide
+from test_guidance_node import SETTINGS, guide
 
 WORKFLOWS = Path(__file__).resolve().parent.parent / "workflows"
 
@@ -111,6 +111,24 @@ def test_every_node_with_a_trace_knows_its_id():
         assert node.INPUT_TYPES()["hidden"] == {"unique_id": "UNIQUE_ID"}
 
 
+def test_dps_guidance_passes_its_id_on(server):
+    settings = {name: value for name, value in SETTINGS.items() if name != "guidance_rate"}
+    plain = comfy.samplers.ksampler("euler_ancestral")
+    sampler, _ = NODE_CLASS_MAPPINGS["SphereGuideDPS"]().guide(
+        plain, Distance(), step_size=0.1, unique_id="7", **settings
+    )
+    sample(sampler)
+    assert [data.get("step") for _, data, _ in server.sent if data["node"] == "7"] == [None, 0, 1, 2, 3, 4]
+
+
+def test_a_guided_model_passes_its_id_on(server):
+    pytest.importorskip("comfy.patcher_extension")
+    node = NODE_CLASS_MAPPINGS["SphereGuideDSGModel"]()
+    model, _ = node.guide(gaussian_mixture.patcher(), Distance(), unique_id="7", **SETTINGS)
+    gaussian_mixture.sample(comfy.samplers.ksampler("euler_ancestral"), model, steps=5)
+    assert [data.get("step") for _, data, _ in server.sent if data["node"] == "7"] == [None, 0, 1, 2, 3]
+
+
 def test_telling_costs_microseconds(server):
     """A guided step of the smallest network takes some ten thousand of them."""
     started = time.thread_time()
@@ -122,11 +140,15 @@ def test_telling_costs_microseconds(server):
 # In a running ComfyUI
 
 
+def workflow(server: ComfyServer, name: str) -> dict:
+    for picture in WORKFLOWS.glob("sphereguide_*.png"):
+        (server.input / picture.name).write_bytes(picture.read_bytes())
+    return json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
 @pytest.mark.server
 def test_a_client_hears_of_its_own_prompts_also_where_the_guidance_node_is_cached(comfy_server: ComfyServer) -> None:
-    for picture in WORKFLOWS.glob("sphereguide_*.png"):
-        (comfy_server.input / picture.name).write_bytes(picture.read_bytes())
-    prompt = json.loads((WORKFLOWS / "api" / "toy_inpainting.json").read_text(encoding="utf-8"))
+    prompt = workflow(comfy_server, "toy_inpainting")
     prompt[node_of(prompt, "BasicScheduler")]["inputs"]["steps"] = 4
     node = node_of(prompt, "SphereGuideDSG")
     prompt[node]["inputs"]["end_percent"] = 0.998  # none of the other tests' results is in the cache
@@ -142,3 +164,17 @@ def test_a_client_hears_of_its_own_prompts_also_where_the_guidance_node_is_cache
         assert all(data["node"] == node and data["loss"][0] > 0 for data in steps)
         pictures.append(load(comfy_server.images(run, node_of(prompt, "SaveImage"))))
     assert np.any(pictures[0][0] != pictures[1][0])
+
+
+@pytest.mark.server
+def test_each_of_several_guided_samplers_tells_of_itself(comfy_server: ComfyServer) -> None:
+    prompt = workflow(comfy_server, "toy_strength_sweep")
+    rates = {}
+    for key, node in prompt.items():
+        if node["class_type"] == "SphereGuideKSampler":
+            node["inputs"] |= {"steps": 2, "seed": 21}  # no other test's
+            rates[key] = node["inputs"]["guidance_rate"]
+    told = [(data["node"], data.get("step")) for data in comfy_server.run(prompt).guided]
+    assert sorted(told, key=str) == sorted(
+        [*((key, None) for key in rates), *((key, 0) for key, rate in rates.items() if rate)], key=str
+    )
