@@ -16,8 +16,6 @@ from sphereguide.demo.run import Prompt, node_of
 
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 ROOMS = ("host.py", "quickstart.py", "nodes/", "samplers/", "losses/", "models/", "demo/toy_portraits.py")
-#: What ComfyUI says by itself stands under headings that begin with its name.
-SECTIONS = [part for part in re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:] if not part.startswith("ComfyUI")]
 
 
 # -- the page and the source -------------------------------------------------------------------------------------------
@@ -76,11 +74,10 @@ def fits(quote: str, message: str, anything: str = "[^.]*?") -> bool:
 MESSAGES = {message: file.relative_to(ROOT).as_posix() for file in sources() for message in said(file)}
 ROWS = [
     [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-    for section in SECTIONS
-    for line in section.splitlines()
-    if line.startswith("| `")
+    for line in PAGE.splitlines()
+    if line.startswith("| ") and not line.startswith("| what it says")
 ]
-QUOTES = [quote.replace("\\|", "|") for row in ROWS for quote in re.findall(r"`([^`]+)`", row[0])]
+QUOTES = [quote for row in ROWS for quote in re.findall(r"`([^`]+)`", row[0])]
 
 
 def test_every_message_for_users_is_in_the_page():
