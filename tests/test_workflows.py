@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import build
+import checkpoints
 import numpy as np
 import pytest
 from comfy_server import ComfyServer
@@ -19,7 +19,7 @@ from sphereguide.demo.run import RESTORED, STEERED, load, node_of, unguided
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 NOT_IN_DEMO = {  # they take long, or need a checkpoint
-    "sd15_amed_train",
+    *checkpoints.WORKFLOWS,
     "toy_amed_sample",
     "toy_amed_train",
     "toy_calibrate",
@@ -34,16 +34,7 @@ def read(*path: str) -> dict[str, Any]:
     return json.loads(ROOT.joinpath("workflows", *path).read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module")
-def build() -> Any:
-    spec = importlib.util.spec_from_file_location("build", ROOT / "workflows" / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_files_are_what_the_script_writes(build: Any) -> None:
+def test_files_are_what_the_script_writes() -> None:
     for path, text in build.files().items():
         assert path.read_text(encoding="utf-8") == text, f"run workflows/build.py: {path.name} is not what it writes"
     assert set(WORKFLOWS) == set(build.WORKFLOWS) == {*RESTORED, *STEERED, *NOT_IN_DEMO}
@@ -56,7 +47,7 @@ def test_thumbnail_lies_beside_the_workflow(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["PICTURE", "MAP", "STYLE"])
-def test_picture_of_the_workflows_lies_beside_them(build: Any, name: str) -> None:
+def test_picture_of_the_workflows_lies_beside_them(name: str) -> None:
     with Image.open(ROOT / "workflows" / getattr(build, name)) as picture:
         assert picture.size == (128, 128)
 

@@ -1,0 +1,89 @@
+"""The workflows for checkpoints of one's own, on small ones of the same layout with random weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import numpy as np
+import pytest
+import random_checkpoints
+from comfy_server import ComfyServer, Run
+from sphereguide.demo.run import load, node_of
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+API = Path(__file__).resolve().parent.parent / "workflows" / "api"
+PICTURE = "sphereguide_portrait.png"
+TOY = "toy_portraits/"
+SIDE = 32
+LATENT = {"width": SIDE, "height": SIDE, "batch_size": 1}
+SMALL: dict[str, dict[str, Any]] = {  # and networks that come with the pack
+    "BasicScheduler": {"steps": 3},
+    "EmptyLatentImage": LATENT,
+    "EmptySD3LatentImage": LATENT,
+    "ImageScale": {"width": SIDE // 4, "height": SIDE // 4},
+    "LoadImage": {"image": PICTURE},
+    "SphereGuideFaceIDLoss": {"crop": "fixed box"},
+    "SphereGuideLoadFaceEncoder": {"name": TOY},
+    "SphereGuideLoadOpenCLIP": {"model": TOY},
+    "SphereGuideLoadSegmentationModel": {"name": TOY},
+    "SphereGuideSegmentationLoss": {"class_name": "hair"},
+    "SphereGuideSegmentationTarget": {"class_name": "skin"},
+}
+TRAINING = {"steps": 1, "teacher_points": 1, "trajectories": 16, "batch_size": 16, "epochs": 1}
+STEERED = [name for name in checkpoints.WORKFLOWS if not name.endswith(("amed_train", "amed_sample", "scaling"))]
+UNETS = ["sd15", "sdxl"]
+
+
+@pytest.fixture(scope="module")
+def run(comfy_server: ComfyServer) -> Callable[..., tuple[Run, dict[str, Any], np.ndarray]]:
+    """Runs the workflow of that name in small: what came of it, the prompt, and the pictures."""
+    shutil.copy(API.parent / PICTURE, comfy_server.input)
+
+    def run_small(name: str, **changes: dict[str, Any]) -> tuple[Run, dict[str, Any], np.ndarray]:
+        prompt = json.loads((API / f"{name}.json").read_text(encoding="utf-8"))
+        for node in prompt.values():
+            kind, inputs = node["class_type"], node["inputs"]
+            inputs |= {**SMALL.get(kind, {}), **changes.get(kind, {})}
+            if kind == "CLIPTextEncode":  # the same in all of them: the host does not encode it again
+                inputs["text"] = node["_meta"]["title"]
+        file = prompt[node_of(prompt, "CheckpointLoaderSimple")]["inputs"]["ckpt_name"]
+        path = comfy_server.base / "models" / "checkpoints" / file
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            random_checkpoints.write(random_checkpoints.LAYOUTS[name.split("_")[0]], path)
+        done = comfy_server.run(prompt)
+        pictures = load(comfy_server.images(done, node_of(prompt, "SaveImage")))
+        return done, prompt, np.array(pictures, dtype=int)
+
+    return run_small
+
+
+@pytest.mark.parametrize("name", STEERED)
+def test_workflow_that_steers_runs_on_its_checkpoint_and_guides(run: Any, name: str) -> None:
+    done, prompt, (picture,) = run(name)
+    assert picture.shape == (SIDE, SIDE, 3) and picture.std() > 2
+    (summary,) = done.outputs[node_of(prompt, "SphereGuideReport")]["text"]
+    steps = 1 if name in ("sd15_style", "sdxl_style") else 2  # those are guided in the middle of the schedule
+    assert f"{steps} steps guided" in summary and "no steps skipped" in summary
+
+
+@pytest.mark.parametrize("family", UNETS)
+def test_epsilon_scaling_runs_on_its_checkpoint_and_changes_the_picture(run: Any, family: str) -> None:
+    _, _, (off, little, more) = run(f"{family}_epsilon_scaling")
+    assert 0 < np.abs(little - off).mean() < np.abs(more - off).mean()
+
+
+@pytest.mark.parametrize("family", UNETS)
+def test_a_predictor_is_trained_for_its_checkpoint_and_drawn_with(run: Any, family: str) -> None:
+    smaller = {"EmptyLatentImage": {"width": 16, "height": 16}}
+    done, prompt, (drawn,) = run(f"{family}_amed_train", SphereGuideAMEDTrain=TRAINING, **smaller)
+    assert "ipndm with 2 model calls" in done.outputs[node_of(prompt, "SphereGuideAMEDTrain")]["text"][0]
+    _, _, (learned, stock, fifty) = run(f"{family}_amed_sample", **smaller)
+    assert drawn.shape == learned.shape == (16, 16, 3)
+    assert np.abs(learned - stock).mean() > 0 and np.abs(stock - fifty).mean() > 0
