@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import urllib.error
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,21 @@ def test_sockets_are_those_of_this_host(comfy_server: ComfyServer, name: str) ->
         outputs = len(node["outputs"])  # newer hosts have added some at the end of core nodes
         assert [socket["type"] for socket in node["outputs"]] == info["output"][:outputs]
         assert [socket["name"] for socket in node["outputs"]] == info["output_name"][:outputs]
+
+
+@pytest.mark.server
+def test_the_host_lists_the_workflows_as_templates_of_the_pack_and_serves_them(comfy_server: ComfyServer) -> None:
+    try:
+        listed = comfy_server.get_json("/api/workflow_templates")
+    except urllib.error.HTTPError as error:
+        assert error.code == 404
+        pytest.skip("this ComfyUI has no templates of packs")
+    ((pack, names),) = listed.items()
+    assert sorted(names) == WORKFLOWS
+    for name in names:
+        template, thumbnail = (f"/api/workflow_templates/{pack}/{name}{ending}" for ending in (".json", ".jpg"))
+        assert comfy_server.get_json(template) == read(f"{name}.json")
+        assert comfy_server.get(thumbnail).startswith(b"\xff\xd8")
 
 
 @pytest.mark.server

@@ -293,6 +293,7 @@ Turn these:
 
 Then: {key}_amed_sample draws with it.""",
             family.pictures,
+            wider=320,
             cfg=family.cfg,
             scale_dir=0.01,
             scale_time=0.2,

@@ -36,7 +36,7 @@ TOYS = Model(Node("SphereGuideToyPortraits", (380, 0), (250, 70), title="Load To
 
 
 def checkpoint(file: str, size: int, empty: str = "EmptyLatentImage") -> Model:
-    loader = Node("CheckpointLoaderSimple", (380, 0), (300, 100), {"ckpt_name": file}, title="Checkpoint")
+    loader = Node("CheckpointLoaderSimple", (380, 0), (250, 100), {"ckpt_name": file}, title="Checkpoint")
     return Model(loader, size, empty)
 
 
@@ -231,8 +231,13 @@ def enlarged(size: int) -> dict[str, Node]:
     }
 
 
+def width_at(x: int) -> int:
+    """Of a loader: in the first column the VAE's wire needs its room."""
+    return 250 if x == 380 else 300
+
+
 def open_clip(y: int = 540, x: int = 760, name: str = TOY) -> Node:
-    return Node("SphereGuideLoadOpenCLIP", (x, y), (300, 90), {"model": name, "dtype": "fp32"})
+    return Node("SphereGuideLoadOpenCLIP", (x, y), (width_at(x), 90), {"model": name, "dtype": "fp32"})
 
 
 def text_loss(at: tuple[int, int], text: str) -> Node:
@@ -287,7 +292,7 @@ def combined(at: tuple[int, int], *losses: str) -> Node:
 
 def segmentation_loader(y: int = 540, x: int = 760, name: str = TOY) -> Node:
     widgets = {"name": name, "architecture": "from the file name"}
-    return Node("SphereGuideLoadSegmentationModel", (x, y), (300, 100), widgets)
+    return Node("SphereGuideLoadSegmentationModel", (x, y), (width_at(x), 100), widgets)
 
 
 def segmentation_loss(at: tuple[int, int], class_name: str = "", **wires: Wire) -> Node:
@@ -321,7 +326,7 @@ def rectangles(size: int, left: str, right: str, name: str) -> dict[str, Node]:
 
 
 def face_loader(y: int = 540, x: int = 760, name: str = TOY) -> Node:
-    return Node("SphereGuideLoadFaceEncoder", (x, y), (300, 90), {"name": name, "embedding": "output"})
+    return Node("SphereGuideLoadFaceEncoder", (x, y), (width_at(x), 90), {"name": name, "embedding": "output"})
 
 
 def face_loss(at: tuple[int, int], crop: str = "fixed box") -> Node:
@@ -372,7 +377,7 @@ def sweep(name: str, condition: dict[str, Node], rates: tuple[float, ...], note:
         if i:
             before = ("sample 0", "latent") if i == 1 else (f"batch {i - 1}", "LATENT")
             wires = {"samples1": before, "samples2": (f"sample {i}", "latent")}
-            batches[f"batch {i}"] = Node("LatentBatch", (1520 + 340 * i, 700), (300, 60), {}, wires)
+            batches[f"batch {i}"] = Node("LatentBatch", (1520 + 340 * i, 700), (300, 60), {}, wires, "Together")
     right = 1520 + 340 * len(rates)
     nodes = {
         "note": explained(note),
@@ -503,6 +508,7 @@ def compared(name: str, runs: dict[str, tuple[Wire, Wire]], title: str, cfg: flo
             (300, 60),
             {},
             {"samples1": before, "samples2": (f"sample {place}", "output")},
+            "Together",
         )
     nodes["decode"] = Node(
         "VAEDecode", (3020, 560), (200, 60), {}, {"samples": ("batch 2", "LATENT"), "vae": ("vae of result", "")}
@@ -532,20 +538,20 @@ def corrected(name: str, model: Model, prompt: tuple[str, str], cfg: float, batc
         "note": explained(note, 760),
         "model": model.loader,
         **prompts(*prompt),
-        "select": Node("KSamplerSelect", (1130, 0), (300, 60), {"sampler_name": "euler"}, title="Sampler"),
+        "select": Node("KSamplerSelect", (1130, 640), (300, 60), {"sampler_name": "euler"}, title="Sampler"),
         "schedule": Node(
             "BasicScheduler",
-            (1130, 130),
+            (1130, 0),
             (300, 110),
             {"scheduler": "normal", "steps": STEPS, "denoise": 1.0},
             {"model": ("model", "MODEL")},
             "Steps",
         ),
-        "vae": Node("Reroute", (720, 740), (75, 26), {}, {"": ("model", "VAE")}),
-        "vae of result": Node("Reroute", (2700, 740), (75, 26), {}, {"": ("vae", "")}),
-        "latent": model.latent((1130, 330), batch_size),
-        "little": correction((1540, 0), 1.005, "A little"),
-        "more": correction((1540, 330), 1.015, "More"),
+        "vae": Node("Reroute", (720, 1080), (75, 26), {}, {"": ("model", "VAE")}),
+        "vae of result": Node("Reroute", (2700, 1080), (75, 26), {}, {"": ("vae", "")}),
+        "latent": model.latent((1130, 440), batch_size),
+        "little": correction((1540, 510), 1.005, "A little"),
+        "more": correction((1540, 790), 1.015, "More"),
     }
     steps = ("schedule", "SIGMAS")
     runs = {
@@ -556,8 +562,8 @@ def corrected(name: str, model: Model, prompt: tuple[str, str], cfg: float, batc
     nodes |= compared(name, runs, "Off, a little, more", cfg)
     groups = [
         Group("Model and prompt", (360, -80, 720, 530), "#3f789e"),
-        Group("The recipe", (1110, -80, 340, 540), "#8A8"),
-        Group("Correction", (1520, -80, 340, 640), "#b58b2a"),
+        Group("The recipe", (1110, -80, 340, 800), "#8A8"),
+        Group("Correction", (1520, 430, 340, 590), "#b58b2a"),
         Group("The same seeds", (1960, -80, 1020, 540), "#8A8"),
         Group("Side by side", (3000, -80, 940, 720), "#A88"),
     ]
@@ -631,12 +637,13 @@ def few_calls(
         ),
         "amed": Node("SphereGuideAMEDSampler", (1580, 240), (300, 60), {}, {"predictor": ("load", "predictor")}),
         "select": Node("KSamplerSelect", (1580, 480), (300, 60), {"sampler_name": "dpmpp_2m"}, title="Stock sampler"),
+        "model of stock": Node("Reroute", (720, 600), (75, 26), {}, {"": of}),
         "six": Node(
             "BasicScheduler",
             (1580, 620),
             (300, 110),
             {"scheduler": "sgm_uniform", "steps": 6, "denoise": 1.0},
-            {"model": of},
+            {"model": ("model of stock", "")},
             "Six steps",
         ),
         "fifty": Node(
@@ -644,7 +651,7 @@ def few_calls(
             (1580, 800),
             (300, 110),
             {"scheduler": "karras", "steps": 50, "denoise": 1.0},
-            {"model": of},
+            {"model": ("model of stock", "")},
             "Fifty steps",
         ),
         "vae": Node("Reroute", (720, 1040), (75, 26), {}, {"": ("model", "VAE")}),
@@ -679,12 +686,13 @@ def taught(
     called: str,
     note: str,
     drawn: int = 4,
+    wider: int = 0,
     **settings: Any,
 ) -> Workflow:
     """Trains a predictor, saves it, and draws with it.
 
-    `texts` has the nodes "positive" and "negative"; the training takes `prompt`. `drawn` is the number of pictures, and
-    `settings` are those of the training.
+    `texts` has the nodes "positive" and "negative", in x up to 1060 + `wider`; the training takes `prompt`. `drawn` is
+    the number of pictures, and `settings` are those of the training.
     """
     training = {
         "cfg": 1.0,
@@ -712,10 +720,10 @@ def taught(
         "note": explained(note),
         "model": model.loader,
         **texts,
-        "latent": model.latent((1130, 0), drawn),
+        "latent": model.latent((1130 + wider, 0), drawn),
         "train": Node(
             "SphereGuideAMEDTrain",
-            (1130, 240),
+            (1130 + wider, 240),
             (360, 720),
             training,
             {
@@ -726,25 +734,31 @@ def taught(
             },
         ),
         "keep": Node(
-            "SphereGuideAMEDSave", (1600, 0), (300, 60), {"name": called}, {"predictor": ("train", "predictor")}
+            "SphereGuideAMEDSave", (1600 + wider, 0), (300, 60), {"name": called}, {"predictor": ("train", "predictor")}
         ),
-        "curves": Node("PreviewImage", (1600, 560), (640, 300), {}, {"images": ("train", "curves")}, "How it learnt"),
+        "curves": Node(
+            "PreviewImage", (1600 + wider, 560), (640, 300), {}, {"images": ("train", "curves")}, "How it learnt"
+        ),
         "sigmas": Node(
             "SphereGuideAMEDScheduler",
-            (1600, 190),
+            (1600 + wider, 190),
             (300, 130),
             {"points": "base"},
             {"predictor": ("train", "predictor"), "model": ("model", "MODEL")},
             "Its steps",
         ),
-        "amed": Node("SphereGuideAMEDSampler", (1600, 400), (300, 60), {}, {"predictor": ("train", "predictor")}),
-        "sample": sampling((1960, 0), training["cfg"], ("amed", "sampler"), ("sigmas", "sigmas"), "Few model calls"),
+        "amed": Node(
+            "SphereGuideAMEDSampler", (1600 + wider, 400), (300, 60), {}, {"predictor": ("train", "predictor")}
+        ),
+        "sample": sampling(
+            (1960 + wider, 0), training["cfg"], ("amed", "sampler"), ("sigmas", "sigmas"), "Few model calls"
+        ),
         "decode": Node(
-            "VAEDecode", (2320, 0), (200, 60), {}, {"samples": ("sample", "output"), "vae": ("model", "VAE")}
+            "VAEDecode", (2320 + wider, 0), (200, 60), {}, {"samples": ("sample", "output"), "vae": ("model", "VAE")}
         ),
         "save": Node(
             "SaveImage",
-            (2580, 0),
+            (2580 + wider, 0),
             (500, 500),
             {"filename_prefix": f"sphereguide/{name}"},
             {"images": ("decode", "IMAGE")},
@@ -752,21 +766,19 @@ def taught(
         ),
     }
     groups = [
-        Group("Model and prompt", (360, -80, 720, 1060), "#3f789e"),
-        Group("Learning", (1110, -80, 400, 1060), "#b06634"),
-        Group("What was learnt", (1580, -80, 340, 560), "#b58b2a"),
-        Group("In use", (1940, -80, 1160, 600), "#8A8"),
+        Group("Model and prompt", (360, -80, 720 + wider, 1060), "#3f789e"),
+        Group("Learning", (1110 + wider, -80, 400, 1060), "#b06634"),
+        Group("What was learnt", (1580 + wider, -80, 340, 560), "#b58b2a"),
+        Group("In use", (1940 + wider, -80, 1160, 600), "#8A8"),
     ]
     return Workflow(nodes, groups)
 
 
 def taking_turns(*texts: str, negative: str) -> dict[str, Node]:
-    """Prompts that take turns in the training, of which the last node is called "all"; the first is "positive"."""
+    """Prompts that take turns in the training, in x up to 1380: the first is "positive", together they are "all"."""
 
     def encoder(text: str, row: int, title: str) -> Node:
-        return Node(
-            "CLIPTextEncode", (380, 180 + 155 * row), (300, 100), {"text": text}, {"clip": ("model", "CLIP")}, title
-        )
+        return Node("CLIPTextEncode", (760, 180 + 155 * row), (300, 100), {"text": text}, {"clip": ("model", "CLIP")}, title)
 
     keys = ["positive", *(f"prompt {number}" for number in range(2, len(texts) + 1))]
     nodes = {
@@ -778,7 +790,7 @@ def taking_turns(*texts: str, negative: str) -> dict[str, Node]:
         together = "all" if key == keys[-1] else f"and {key}"
         nodes[together] = Node(
             "ConditioningCombine",
-            (750, 260 + 155 * row),
+            (1130, 260 + 155 * row),
             (250, 60),
             {},
             {"conditioning_1": (before, "CONDITIONING"), "conditioning_2": (key, "CONDITIONING")},
