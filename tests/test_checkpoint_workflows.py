@@ -35,7 +35,7 @@ SMALL: dict[str, dict[str, Any]] = {  # and networks that come with the pack
     "SphereGuideSegmentationLoss": {"class_name": "hair"},
     "SphereGuideSegmentationTarget": {"class_name": "skin"},
 }
-TRAINING = {"steps": 1, "teacher_points": 1, "trajectories": 16, "batch_size": 16, "epochs": 1}
+TRAINING = {"steps": 1, "teacher_points": 1, "trajectories": 64, "batch_size": 64, "epochs": 1}
 STEERED = [name for name in checkpoints.WORKFLOWS if not name.endswith(("amed_train", "amed_sample", "scaling"))]
 UNETS = ["sd15", "sdxl"]
 

@@ -778,7 +778,9 @@ def taking_turns(*texts: str, negative: str) -> dict[str, Node]:
     """Prompts that take turns in the training, in x up to 1380: the first is "positive", together they are "all"."""
 
     def encoder(text: str, row: int, title: str) -> Node:
-        return Node("CLIPTextEncode", (760, 180 + 155 * row), (300, 100), {"text": text}, {"clip": ("model", "CLIP")}, title)
+        return Node(
+            "CLIPTextEncode", (760, 180 + 155 * row), (300, 100), {"text": text}, {"clip": ("model", "CLIP")}, title
+        )
 
     keys = ["positive", *(f"prompt {number}" for number in range(2, len(texts) + 1))]
     nodes = {
