@@ -104,6 +104,14 @@ def test_the_sweep_dropped_on_the_page_is_its_api_twin(comfy_server: ComfyServer
     assert len(finished(comfy_server, earlier)["outputs"][node_of(twin, "SaveImage")]["images"]) == 7
 
 
+@pytest.mark.parametrize("name", ["sd15_text_style", "sdxl_segmentation", "sdxl_amed_train", "sd3_super_resolution"])
+def test_workflow_for_a_checkpoint_dropped_on_the_page_is_its_api_twin(
+    comfy_server: ComfyServer, name: str, tmp_path: Path
+) -> None:
+    workflow, twin = read(name, steps=3)
+    assert asked(dropped(comfy_server, workflow, tmp_path)["prompt"]) == asked(twin)  # its checkpoint is not here
+
+
 def test_the_report_says_on_the_node_what_happened_and_leaves_the_prompt_alone(
     comfy_server: ComfyServer, tmp_path: Path
 ) -> None:

@@ -150,7 +150,7 @@ def workflows_of(family: Family) -> dict[str, Workflow]:
             """
 The prompt says what to paint, as ever; the style comes from a picture. Style Gram Loss compares its colours and strokes
 with those of each estimate, and DSG Guidance turns the sampler's noise so that they agree. The settings are those of
-the DSG paper: 100 steps, guided in the middle of the schedule, where each step is done four times (recurrence)."""
+the DSG paper: 100 steps, guided in the middle of the schedule, where most steps are done four times (recurrence)."""
             + needs(family, CLIP, STYLE)
             + turn(
                 family,
