@@ -116,8 +116,9 @@ class GuidanceTrace:
         if not steps:
             return "No run yet." if not self.method else f"{self.method}: no step was guided."
         state = "" if self.finished else f", cancelled or failed after sigma {steps[-1].sigma:.3g}"
+        guided = len({step.step for step in steps})
         lines = [
-            f"{self.method}: {len({step.step for step in steps})} steps guided, sigma {steps[0].sigma:.3g} to "
+            f"{self.method}: {guided} step{'' if guided == 1 else 's'} guided, sigma {steps[0].sigma:.3g} to "
             f"{steps[-1].sigma:.3g}{state}"
         ]
         for i in range(len(steps[0].loss)):

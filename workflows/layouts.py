@@ -111,7 +111,7 @@ def steered(
         "dsg": Node(
             "SphereGuideDSG",
             (1520, 540),
-            (300, 340),
+            (300, 404),
             guidance(guidance_rate, **settings),
             {"sampler": ("select", "SAMPLER"), "loss": ("loss", "loss"), "vae": ("vae of guidance", "")},
             "DSG Guidance",
@@ -354,7 +354,7 @@ def sweep(name: str, condition: dict[str, Node], rates: tuple[float, ...], note:
         samplers[f"sample {i}"] = Node(
             "SphereGuideKSampler",
             (1520 + 340 * i, 0),
-            (300, 560),
+            (300, 632),
             {
                 "seed": 7,
                 "steps": STEPS,
@@ -377,7 +377,7 @@ def sweep(name: str, condition: dict[str, Node], rates: tuple[float, ...], note:
         if i:
             before = ("sample 0", "latent") if i == 1 else (f"batch {i - 1}", "LATENT")
             wires = {"samples1": before, "samples2": (f"sample {i}", "latent")}
-            batches[f"batch {i}"] = Node("LatentBatch", (1520 + 340 * i, 700), (300, 60), {}, wires, "Together")
+            batches[f"batch {i}"] = Node("LatentBatch", (1520 + 340 * i, 780), (300, 60), {}, wires, "Together")
     right = 1520 + 340 * len(rates)
     nodes = {
         "note": explained(note),
@@ -392,7 +392,7 @@ def sweep(name: str, condition: dict[str, Node], rates: tuple[float, ...], note:
         **batches,
         "decode": Node(
             "VAEDecode",
-            (right, 700),
+            (right, 780),
             (200, 60),
             {},
             {"samples": (f"batch {last}", "LATENT"), "vae": ("vae of result", "")},
@@ -400,7 +400,7 @@ def sweep(name: str, condition: dict[str, Node], rates: tuple[float, ...], note:
         "save": Node(
             "SaveImage",
             (right, 0),
-            (620, 560),
+            (620, 632),
             {"filename_prefix": f"sphereguide/{name}"},
             {"images": ("decode", "IMAGE")},
             "From no guidance to too much",
@@ -409,8 +409,8 @@ def sweep(name: str, condition: dict[str, Node], rates: tuple[float, ...], note:
     groups = [
         Group("Model and prompt", (360, -80, 1090, 530), "#3f789e"),
         Group("What to steer by", (360, 460, 1090, 560), "#88A"),
-        Group("One seed at rising strength", (1500, -80, 340 * len(rates), 660), "#8A8"),
-        Group("Side by side", (1840, 620, 340 * len(rates) + 500, 170), "#b06634"),
+        Group("One seed at rising strength", (1500, -80, 340 * len(rates), 740), "#8A8"),
+        Group("Side by side", (1840, 700, 340 * len(rates) + 500, 170), "#b06634"),
     ]
     return Workflow(nodes, groups)
 
