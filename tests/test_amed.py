@@ -24,6 +24,7 @@ import torch
 from bootstrap import ROOT
 from safetensors.torch import save_file
 from sphereguide import host
+from sphereguide.demo import toy_portraits, train_amed
 from sphereguide.nodes import amed as nodes
 from sphereguide.samplers.amed import predictor as files
 from sphereguide.samplers.amed import training
@@ -1042,3 +1043,16 @@ def test_refused_at_the_node(model: Any) -> None:
         run_node(model, latent=latent)
     with pytest.raises(ValueError, match="a ρ above 0"):
         run_node(model, rho=-1.0)
+
+
+def test_the_predictors_of_toy_portraits_are_of_their_recipe_and_ahead_of_their_student() -> None:
+    with torch.inference_mode():
+        portraits = toy_portraits.load_model(toy_portraits.WEIGHTS)
+    assert {path.stem for path in train_amed.FOLDER.iterdir()} == {
+        f"toy_portraits_{name}" for name in train_amed.SHIPPED
+    }
+    for name in train_amed.SHIPPED:
+        student, nfe = name.split("_")
+        found = files.load(train_amed.FOLDER / f"toy_portraits_{name}.safetensors").settings
+        assert found == settings_for(portraits, **train_amed.recipe(student, int(nfe)))
+        assert found.nfe == int(nfe) and found.ratio < 1

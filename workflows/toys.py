@@ -244,7 +244,7 @@ it. The first row should look like the last.
 Queue.
 
 Turn these:
-- name (Predictor): toy_portraits_ipndm_4 makes four calls. Give Six steps as many.
+- name (Predictor): toy_portraits_ipndm_4 and _8 make four and eight calls. Give Six steps as many.
 - sampler_name and scheduler (Stock sampler): is there one that does as well?
 - noise_seed in all three: other portraits.
 - points (Its steps): expanded, with euler in place of AMED Sampler, is the same schedule for stock samplers.""",
