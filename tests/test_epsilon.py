@@ -180,6 +180,12 @@ def test_every_sampler_is_corrected_and_left_alone_to_the_bit_by_1(model: Any, n
     assert not torch.allclose(run(scale(name, b=1.05), model, **settings), plain, rtol=1e-3, atol=1e-3)
 
 
+def test_ddpm_takes_the_steps_of_euler_ancestral(model: Any) -> None:
+    """So that what is measured for the one holds for the other."""
+    ddpm, ancestral = (run(scale(name, b=1.1), model, steps=10) for name in ("ddpm", "euler_ancestral"))
+    torch.testing.assert_close(ddpm, ancestral, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["euler", "heun", "dpm_2", "dpmpp_sde", "dpmpp_2s_ancestral"])
 def test_every_call_of_a_sampler_is_corrected(model: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     scales, corrected = [], epsilon.corrected
