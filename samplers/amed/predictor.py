@@ -9,6 +9,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -229,14 +230,26 @@ def fingerprint(patcher: Any) -> str:
 
     Another precision is another model; a LoRA counts by what it patches and how strongly.
     """
+    network = patcher.model.diffusion_model
+    if network not in _hashed:  # it takes as long as some model calls; ComfyUI changes weights by patches alone
+        _hashed[network] = _hash_of_weights(network, patcher.backup)
+    sha = _hashed[network].copy()
+    for name, patches in sorted(patcher.patches.items(), key=lambda item: str(item[0])):
+        sha.update(f"{name} {[patch[0] for patch in patches]}".encode())
+    return sha.hexdigest()[:16]
+
+
+_hashed: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+def _hash_of_weights(network: nn.Module, backup: dict[str, Any]) -> Any:
+    """Of those before patches: `backup` has them where patches are in."""
     sha = hashlib.sha256()
-    for name, weight in sorted(patcher.model.diffusion_model.state_dict().items()):
-        unpatched = patcher.backup.get(f"diffusion_model.{name}", weight)
+    for name, weight in sorted(network.state_dict().items()):
+        unpatched = backup.get(f"diffusion_model.{name}", weight)
         weight = getattr(unpatched, "weight", unpatched)
         sha.update(f"{name} {tuple(weight.shape)}".encode())
         if type(weight) in (Tensor, nn.Parameter) and weight.device.type != "meta" and weight.numel():
             some = weight.detach().reshape(-1)[:: max(1, weight.numel() // 16)]
             sha.update(some.float().cpu().numpy().tobytes())
-    for name, patches in sorted(patcher.patches.items(), key=lambda item: str(item[0])):
-        sha.update(f"{name} {[patch[0] for patch in patches]}".encode())
-    return sha.hexdigest()[:16]
+    return sha
