@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,10 @@ UNETS = ["sd15", "sdxl"]
 
 
 @pytest.fixture(scope="module")
-def run(comfy_server: ComfyServer) -> Callable[..., Any]:
+def run(comfy_server: ComfyServer) -> Iterator[Callable[..., Any]]:
     """Runs the workflow of that name in small: what came of it, the prompt, and the pictures."""
     shutil.copy(API.parent / PICTURE, comfy_server.input)
+    written = []
 
     def run_small(name: str, on_progress: Any = lambda _: None, **changes: dict[str, Any]) -> Any:
         family = name.split("_")[0]
@@ -60,11 +61,14 @@ def run(comfy_server: ComfyServer) -> Callable[..., Any]:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             random_checkpoints.write(random_checkpoints.LAYOUTS[family], path)
+            written.append(path)
         done = comfy_server.run(prompt, on_progress=on_progress)
         pictures = load(comfy_server.images(done, node_of(prompt, "SaveImage")))
         return done, prompt, np.array(pictures, dtype=int)
 
-    return run_small
+    yield run_small
+    for path in written:  # the page's tests queue these workflows, and don't mean to train SDXL
+        path.unlink()
 
 
 def of_family(family: str, prompt: dict[str, Any]) -> dict[str, Any]:
