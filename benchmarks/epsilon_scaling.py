@@ -209,8 +209,9 @@ class Bench:
     def grid(self, model: str, name: str, steps: int, start: float) -> None:
         """Uniform b from the value of the grid next to `start`, upwards or else downwards while the distance falls."""
         begin = min(range(len(self.values)), key=lambda i: abs(self.values[i] - start))
+        first = self.uniform(model, name, steps, self.values[begin])
         for neighbours in (self.values[begin + 1 :], self.values[:begin][::-1]):
-            best = first = self.uniform(model, name, steps, self.values[begin])
+            best = first
             for b in neighbours:
                 found = self.uniform(model, name, steps, b)
                 if found >= best:

@@ -76,6 +76,13 @@ def prompts(positive: str = "", negative: str = "") -> dict[str, Node]:
     }
 
 
+def schedule(
+    at: tuple[int, int], steps: int, title: str = "Steps", scheduler: str = "normal", model: Wire = ("model", "MODEL")
+) -> Node:
+    widgets = {"scheduler": scheduler, "steps": steps, "denoise": 1.0}
+    return Node("BasicScheduler", at, (300, 110), widgets, {"model": model}, title)
+
+
 def steered(
     name: str,
     condition: dict[str, Node],
@@ -117,30 +124,9 @@ def steered(
             "DSG Guidance",
         ),
         # Sampling
-        "schedule": Node(
-            "BasicScheduler",
-            (1520, 250),
-            (300, 110),
-            {"scheduler": "normal", "steps": steps, "denoise": 1.0},
-            {"model": ("model", "MODEL")},
-            "Steps",
-        ),
+        "schedule": schedule((1520, 250), steps),
         "latent": model.latent((1520, 60)),
-        "sample": Node(
-            "SamplerCustom",
-            (1900, 0),
-            (300, 442),  # with the preview that the page puts into it
-            {"add_noise": True, "noise_seed": 7, "cfg": cfg},
-            {
-                "model": ("model", "MODEL"),
-                "positive": ("positive", "CONDITIONING"),
-                "negative": ("negative", "CONDITIONING"),
-                "sampler": ("dsg", "sampler"),
-                "sigmas": ("schedule", "SIGMAS"),
-                "latent_image": ("latent", "LATENT"),
-            },
-            "Sample",
-        ),
+        "sample": sampling((1900, 0), cfg, ("dsg", "sampler"), ("schedule", "SIGMAS"), "Sample"),
         # The result
         "report": Node(
             "SphereGuideReport",
@@ -428,14 +414,7 @@ def calibration(note: str) -> dict[str, Node]:
             "VAEEncode", (760, 540), (200, 60), {}, {"pixels": ("real", "images"), "vae": ("model", "VAE")}, "Latents"
         ),
         "select": Node("KSamplerSelect", (1130, 0), (300, 60), {"sampler_name": "euler"}, title="Sampler"),
-        "schedule": Node(
-            "BasicScheduler",
-            (1130, 130),
-            (300, 110),
-            {"scheduler": "normal", "steps": 10, "denoise": 1.0},
-            {"model": ("model", "MODEL")},
-            "Steps",
-        ),
+        "schedule": schedule((1130, 130), 10),
         "calibrate": Node(
             "SphereGuideEpsilonScalingCalibrate",
             (1130, 540),
@@ -480,7 +459,7 @@ def sampling(at: tuple[int, int], cfg: float, sampler: Wire, sigmas: Wire, title
     return Node(
         "SamplerCustom",
         at,
-        (300, 442),
+        (300, 442),  # with the preview that the page puts into it
         {"add_noise": True, "noise_seed": 7, "cfg": cfg},
         {
             "model": ("model", "MODEL"),
@@ -524,6 +503,12 @@ def compared(name: str, runs: dict[str, tuple[Wire, Wire]], title: str, cfg: flo
     return nodes
 
 
+COMPARED = (
+    Group("The same seeds", (1960, -80, 1020, 540), "#8A8"),
+    Group("Side by side", (3000, -80, 940, 720), "#A88"),
+)
+
+
 def correction(at: tuple[int, int], b: float, title: str, **settings: Any) -> Node:
     """Epsilon Scaling of the sampler "select"; `settings` bring another schedule, or the wire of one."""
     widgets = {"schedule": settings.pop("schedule", "uniform"), "b": b, "k": 0.0}
@@ -539,14 +524,7 @@ def corrected(name: str, model: Model, prompt: tuple[str, str], cfg: float, batc
         "model": model.loader,
         **prompts(*prompt),
         "select": Node("KSamplerSelect", (1130, 640), (300, 60), {"sampler_name": "euler"}, title="Sampler"),
-        "schedule": Node(
-            "BasicScheduler",
-            (1130, 0),
-            (300, 110),
-            {"scheduler": "normal", "steps": STEPS, "denoise": 1.0},
-            {"model": ("model", "MODEL")},
-            "Steps",
-        ),
+        "schedule": schedule((1130, 0), STEPS),
         "vae": Node("Reroute", (720, 1080), (75, 26), {}, {"": ("model", "VAE")}),
         "vae of result": Node("Reroute", (2700, 1080), (75, 26), {}, {"": ("vae", "")}),
         "latent": model.latent((1130, 440), batch_size),
@@ -564,8 +542,7 @@ def corrected(name: str, model: Model, prompt: tuple[str, str], cfg: float, batc
         Group("Model and prompt", (360, -80, 720, 530), "#3f789e"),
         Group("The recipe", (1110, -80, 340, 800), "#8A8"),
         Group("Correction", (1520, 430, 340, 590), "#b58b2a"),
-        Group("The same seeds", (1960, -80, 1020, 540), "#8A8"),
-        Group("Side by side", (3000, -80, 940, 720), "#A88"),
+        *COMPARED,
     ]
     return Workflow(nodes, groups)
 
@@ -596,8 +573,7 @@ def side_by_side(name: str, b: float, note: str) -> Workflow:
     groups = [
         *CALIBRATION,
         Group("Correction", (1580, 160, 340, 620), "#b58b2a"),
-        Group("The same seeds", (1960, -80, 1020, 540), "#8A8"),
-        Group("Side by side", (3000, -80, 940, 720), "#A88"),
+        *COMPARED,
     ]
     return Workflow(nodes, groups)
 
@@ -638,22 +614,8 @@ def few_calls(
         "amed": Node("SphereGuideAMEDSampler", (1580, 240), (300, 60), {}, {"predictor": ("load", "predictor")}),
         "select": Node("KSamplerSelect", (1580, 480), (300, 60), {"sampler_name": "dpmpp_2m"}, title="Stock sampler"),
         "model of stock": Node("Reroute", (720, 600), (75, 26), {}, {"": of}),
-        "six": Node(
-            "BasicScheduler",
-            (1580, 620),
-            (300, 110),
-            {"scheduler": "sgm_uniform", "steps": 6, "denoise": 1.0},
-            {"model": ("model of stock", "")},
-            "Six steps",
-        ),
-        "fifty": Node(
-            "BasicScheduler",
-            (1580, 800),
-            (300, 110),
-            {"scheduler": "karras", "steps": 50, "denoise": 1.0},
-            {"model": ("model of stock", "")},
-            "Fifty steps",
-        ),
+        "six": schedule((1580, 620), 6, "Six steps", "sgm_uniform", ("model of stock", "")),
+        "fifty": schedule((1580, 800), 50, "Fifty steps", "karras", ("model of stock", "")),
         "vae": Node("Reroute", (720, 1040), (75, 26), {}, {"": ("model", "VAE")}),
         "vae of result": Node("Reroute", (2700, 1040), (75, 26), {}, {"": ("vae", "")}),
         **compared(
@@ -672,8 +634,7 @@ def few_calls(
         Group("What was learnt", (1110, -80, 360, 430), "#b06634"),
         Group("Learned solver", (1560, -80, 340, 400), "#b58b2a"),
         Group("Stock sampler", (1560, 400, 340, 530), "#88A"),
-        Group("The same seeds", (1960, -80, 1020, 540), "#8A8"),
-        Group("Side by side", (3000, -80, 940, 720), "#A88"),
+        *COMPARED,
     ]
     return Workflow(nodes, groups)
 
