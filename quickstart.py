@@ -276,7 +276,7 @@ def main(arguments: list[str]) -> int:
         print(f"\n{problem}", file=sys.stderr)
         return 1
     environ = {**os.environ, "PYTHONUTF8": "1"}
-    if options.command != "bench":  # which measures memory, and what its readers' machines do by themselves
+    if getattr(options, "name", "") != "cost":  # which measures memory, and what its readers' machines do by themselves
         environ = {**KEEP_MEMORY, **environ}
     if checkout:
         environ["COMFYUI_PATH"] = str(checkout)

@@ -17,14 +17,12 @@ import argparse
 import functools
 import itertools
 import json
-import os
 import shutil
 import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +30,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "demo"), str(ROOT / "benchmarks")]
 from bootstrap import import_host, import_pack  # noqa: E402
 
-import_host(cpu=False)
+import_host(cpu=False, pytorch_attention=True)
 import_pack()
 
 import comfy.samplers  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from judged import features_of, processes, real_features  # noqa: E402
 from result import Result  # noqa: E402
 from sphereguide import host  # noqa: E402
 from sphereguide.demo import judge as judging  # noqa: E402
@@ -80,13 +79,13 @@ class Cell:
 
 
 @functools.cache
-def loaded() -> tuple[Any, Any, Any, Any]:
-    """MODEL, a prompt for each trajectory, the empty one, VAE. As nodes would do it: in inference mode."""
+def loaded() -> tuple[Any, Any, Any]:
+    """MODEL, a prompt for each trajectory, the empty one. As nodes would do it: in inference mode."""
     with torch.inference_mode():
-        model, clip, vae = toy_portraits.load()
+        model, clip = toy_portraits.load_model(), toy_portraits.load_clip()
         texts = (portraits.caption(portraits.sample(seed)) for seed in portraits.TEST_SEEDS[:SAMPLES])
         captions = [entry for text in texts for entry in host.encoded(clip, text)]
-        return model, captions, host.encoded(clip, ""), vae
+        return model, captions, host.encoded(clip, "")
 
 
 def predictor_file(student: str, nfe: int, folder: Path) -> Path:
@@ -136,7 +135,7 @@ def alone(
 
 def latents(cell: Cell, start: int, count: int, folder: Path) -> Tensor:
     """Of the trajectories from `start` on, `[count, 4, 16, 16]`."""
-    model, captions, empty, _ = loaded()
+    model, captions, empty = loaded()
     with torch.inference_mode():
         sampler, sigmas = prepared(cell, folder)
         prompt = torch.cat([tokens for tokens, _ in captions[start : start + count]])
@@ -150,15 +149,7 @@ def latents(cell: Cell, start: int, count: int, folder: Path) -> Tensor:
 
 def features(cell: Cell, start: int, count: int, folder: Path) -> Tensor:
     """What the judge sees in them, `[count, 96]`."""
-    found = latents(cell, start, count, folder)
-    with torch.inference_mode():
-        pictures = loaded()[3].decode(found).movedim(-1, 1).clone()
-    return judge().of(pictures).features
-
-
-@functools.cache
-def judge() -> judging.Judge:
-    return judging.load(toy_portraits.WEIGHTS)
+    return features_of(latents(cell, start, count, folder))
 
 
 def calls(sampler: str, scheduler: str, steps: int) -> int:
@@ -191,10 +182,6 @@ def stock(nfe: int) -> list[Cell]:
             if fitting:
                 found.append(Cell(sampler, scheduler, False, nfe, max(fitting)))
     return found
-
-
-def single_threaded() -> None:
-    torch.set_num_threads(1)
 
 
 class Bench:
@@ -294,7 +281,7 @@ def outside(sampler: comfy.samplers.KSAMPLER, sigmas: Tensor) -> float:
         shares.append((time.perf_counter() - started) / sum(spent) - 1)
         return x
 
-    model, captions, empty, _ = loaded()
+    model, captions, empty = loaded()
     model = model.clone()
     model.set_model_unet_function_wrapper(called)
     with torch.inference_mode():
@@ -354,7 +341,7 @@ def main() -> None:
     settings = {"cfg": 1.0, "trajectories": options.trajectories, "samples": options.samples, "fine": options.fine}
     result = Result("amed", settings, options.json)
     kept = options.json.with_suffix(".partial") if options.json else Path(tempfile.mkdtemp())
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn"), single_threaded) as pool:
+    with processes() as pool:
         bench = Bench(result, pool, kept, options)
         for job in [pool.submit(learn, *one, kept) for one in learned]:
             job.result()
@@ -363,11 +350,9 @@ def main() -> None:
         for cell in (*compared, *alone_cells):
             bench.row(cell)
         stock_cells = [cell for nfe in calls_of for cell in bench.best_stock(nfe)[:BEST_STOCK]]
-        real = judge().of(
-            judging.to_tensor(portraits.dataset(portraits.TEST_SEEDS[SAMPLES : SAMPLES + REFERENCES])["images"])
-        )
+        real = real_features(portraits.TEST_SEEDS[SAMPLES : SAMPLES + REFERENCES])
         for cell in (*(cell for cell in compared if cell.solver == "ipndm"), *alone_cells, *stock_cells):
-            bench.frechet(cell, real.features)
+            bench.frechet(cell, real)
     share = overhead(files.load(predictor_file("ipndm", learned[0][1], kept)))
     print(f"Of the time of a model call, beyond what euler takes: {share:.2%}")
     result.add({"solver": "overhead", "ratio": round(share, 5)})

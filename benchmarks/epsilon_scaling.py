@@ -27,7 +27,6 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "demo"), str(ROOT / "benchmarks")]
 from bootstrap import import_host, import_pack  # noqa: E402
 
-import_host(cpu=False)
+import_host(cpu=False, pytorch_attention=True)
 import_pack()
 
 import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from judged import features_of, processes, real_features  # noqa: E402
 from result import Result  # noqa: E402
 from sphereguide.demo import judge as judging  # noqa: E402
 from sphereguide.demo import portraits, toy_portraits  # noqa: E402
@@ -59,7 +59,9 @@ PLAN = (
 GRID = (0.95, 0.98, 1.0, 1.02, 1.05, 1.08, 1.11, 1.14, 1.17, 1.2)
 FITTED = ("uniform", "linear", "measured")
 DETAILED = (("shipped", "euler", 10), ("shipped", "euler_ancestral", 10))
-"""Where all three schedules are measured, not only the one that the calibration names, and the grid from 1 on."""
+"""Where all shapes are measured, not only the one that the calibration names, and the paper's λ, the ratio itself."""
+FROM_ONE = DETAILED[:1]
+"""Where the grid starts at 1, and not at what the calibration found."""
 CHUNK = 40
 REAL_LATENTS = 256
 CALIBRATED_WITH = 128
@@ -105,7 +107,7 @@ def sigmas(model: str, steps: int) -> Tensor:
 
 def features(cell: Cell, schedule: EpsilonSchedule | None, start: int) -> Tensor:
     """What the judge sees in the samples `start` to `start + CHUNK`, [CHUNK, 96]."""
-    model, empty, vae = loaded(cell.model)
+    model, empty, _ = loaded(cell.model)
     with torch.inference_mode():
         latent = torch.zeros(CHUNK, 4, 16, 16)
         noise = comfy.sample.prepare_noise(latent, start)
@@ -116,13 +118,7 @@ def features(cell: Cell, schedule: EpsilonSchedule | None, start: int) -> Tensor
         out = comfy.sample.sample_custom(
             model, noise, 1.0, used, at, empty, empty, latent, disable_pbar=True, seed=start
         )
-        pictures = vae.decode(out).movedim(-1, 1).clone()
-    return judge().of(pictures).features
-
-
-@functools.cache
-def judge() -> judging.Judge:
-    return judging.load(toy_portraits.WEIGHTS)
+    return features_of(out)
 
 
 def calibrated(model: str, name: str, steps: int, samples: int) -> Calibration:
@@ -142,10 +138,6 @@ def kept_calibration(path: Path, *cell: Any) -> Calibration:
     if not path.exists():
         path.write_bytes(pickle.dumps(calibrated(*cell)))
     return pickle.loads(path.read_bytes())
-
-
-def single_threaded() -> None:
-    torch.set_num_threads(1)
 
 
 def distances(found: np.ndarray, none: np.ndarray, real: Tensor) -> dict[str, float]:
@@ -169,8 +161,7 @@ class Bench:
     ) -> None:
         self.result, self.pool, self.count, self.values, self.kept = result, pool, count, sorted(values), kept
         kept.mkdir(parents=True, exist_ok=True)
-        data = portraits.dataset(portraits.TEST_SEEDS[1000 : 1000 + REFERENCES])["images"]
-        self.real = judge().of(judging.to_tensor(data)).features
+        self.real = real_features(portraits.TEST_SEEDS[1000 : 1000 + REFERENCES])
 
     def features(self, cell: Cell, schedule: EpsilonSchedule | None) -> np.ndarray:
         """Of all samples of a cell, `[N, 96]`: from the disk, where an interrupted run left them."""
@@ -246,7 +237,10 @@ class Bench:
         for shape in dict.fromkeys((found.nearest, *(FITTED if detailed else FITTED[:1]))):
             factors = found.scales[shape]
             self.row(Cell(model, name, steps, shape), factors, scales=np.round(factors, 5).tolist(), **measured)
-        self.grid(model, name, steps, 1.0 if detailed else float(found.scales["uniform"][0]))
+        if detailed:
+            self.row(Cell(model, name, steps, "ratio"), np.where(np.isfinite(found.ratio[0]), found.ratio[0], 1))
+        start = 1.0 if (model, name, steps) in FROM_ONE else float(found.scales["uniform"][0])
+        self.grid(model, name, steps, start)
 
 
 def verdicts(rows: list[dict[str, Any]]) -> None:
@@ -279,7 +273,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             cell = [row for row in rows if (row["model"], row["sampler"], row["steps"]) == (*key, steps)]
             if not any(row["correction"] == FITTED[0] for row in cell):
                 continue
-            grid = sorted((row["b"] or 1.0, row["frechet"]) for row in cell if row["correction"] not in FITTED[1:])
+            grid = sorted(
+                (row["b"] or 1.0, row["frechet"]) for row in cell if row["correction"] not in (*FITTED[1:], "ratio")
+            )
             axes.plot(*zip(*grid, strict=True), marker="o", color=f"C{color}", label=f"{steps} steps", markersize=3)
             verdict = next(row["verdict"] for row in cell if row["correction"] == FITTED[0])
             chosen = next(row["frechet"] for row in cell if row["correction"] == verdict)
@@ -307,9 +303,8 @@ def main() -> None:
         plan, options.grid, options.samples = plan[:1], [1.0, 1.05], 80
     settings = {"scheduler": "normal", "cfg": 1.0, "prompt": "", "n": options.samples}
     result = Result("epsilon_scaling", settings, options.json)
-    workers = min(os.cpu_count() or 1, 8)
     kept = options.json.with_suffix(".partial") if options.json else Path(tempfile.mkdtemp())
-    with ProcessPoolExecutor(workers, get_context("spawn"), single_threaded) as pool:
+    with processes() as pool:
         bench = Bench(result, pool, options.samples, options.grid, kept)
         calibrations = [bench.calibration(*cell) for cell in plan]
         for cell, found in zip(plan, calibrations, strict=True):
