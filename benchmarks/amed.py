@@ -4,9 +4,9 @@
 
 Each trajectory has noise and a caption of its own, which nothing was trained on; cfg is 1. `rmse` is the distance of
 the latents, at sigma 0, to those of 200 steps of Heun's method on 256 trajectories, with the standard error of the
-bootstrap. Every sampler and scheduler of the host is tried with as many steps as it takes to make `nfe` model calls or,
-if it can't, fewer: on 32 trajectories, the best eight on all. `frechet` is the distance of a judge's features, which
-nothing was trained on, between 2000 samples and portraits of the test seeds.
+bootstrap. Every sampler and scheduler of the host is tried with as many steps as make `nfe` model calls or, if it can't,
+fewer: on 32 trajectories (`n`), and the best eight on all. `frechet` is the distance of a judge's features,
+which nothing was trained on, between 2000 samples and portraits of the test seeds.
 
 Predictors for iPNDM are those that ship; the others are trained here, in the same way. `train_seconds` is on one core.
 """
@@ -152,13 +152,14 @@ def features(cell: Cell, start: int, count: int, folder: Path) -> Tensor:
     return features_of(latents(cell, start, count, folder))
 
 
+@functools.cache
 def calls(sampler: str, scheduler: str, steps: int) -> int:
-    """How often a stock sampler calls the model."""
+    """How often a stock sampler calls the model, which answers nothing here."""
     model, made = loaded()[0].clone(), []
 
     def count(apply_model: Any, parameters: dict[str, Any]) -> Tensor:
         made.append(1)
-        return apply_model(parameters["input"], parameters["timestep"], **parameters["c"])
+        return torch.zeros_like(parameters["input"])
 
     model.set_model_unet_function_wrapper(count)
     with torch.inference_mode():
@@ -208,18 +209,26 @@ class Bench:
         off = self.gathered(latents, cell, count) - self.reference[:count]
         return off.square().flatten(1).mean(1).sqrt().numpy()
 
-    def row(self, cell: Cell) -> dict[str, Any]:
-        """RMSE, and what else it takes."""
+    def measured(self, cell: Cell, count: int) -> dict[str, Any]:
+        """The row of a cell, with the RMSE of at least so many trajectories."""
         row = self.result.find(cell.key)
-        if row is None:
-            each = self.distances(cell, self.options.trajectories)
+        if row is None or row["n"] < count:
+            each = self.distances(cell, count)
             rng = np.random.default_rng(0)
             again = [rms(each[rng.integers(len(each), size=len(each))]) for _ in range(200)]
-            row = {**cell.key, "rmse": rms(each), "rmse_se": float(np.std(again)), "median": float(np.median(each))}
+            found = {"rmse": rms(each), "rmse_se": float(np.std(again)), "median": float(np.median(each))}
             if cell.learned:
-                row["train_seconds"] = files.load(predictor_file(cell.solver, cell.nfe, self.kept)).settings.seconds
-            row |= {"n": len(each)}
-            self.result.add({key: round(v, 5) if isinstance(v, float) else v for key, v in row.items()})
+                found["train_seconds"] = files.load(predictor_file(cell.solver, cell.nfe, self.kept)).settings.seconds
+            found = {key: round(value, 5) for key, value in found.items()} | {"n": len(each)}
+            if row is None:
+                row = dict(cell.key)
+                self.result.rows.append(row)
+            row.update(found)
+            self.result.keep()
+        return row
+
+    def row(self, cell: Cell) -> dict[str, Any]:
+        row = self.measured(cell, self.options.trajectories)
         print(
             f"{cell.solver:20}{cell.schedule:14}{'learned' if cell.learned else '':9}{cell.nfe:4} calls   "
             f"RMSE {row['rmse']:.4f} ± {row['rmse_se']:.4f}   median {row['median']:.4f}",
@@ -233,7 +242,8 @@ class Bench:
         if not listed.exists():
             listed.write_text(json.dumps([asdict(cell) for cell in self.pool.submit(stock, nfe).result()]))
         cells = [Cell(**cell) for cell in json.loads(listed.read_text())]
-        screened = {cell: rms(self.distances(cell, min(SCREENED, self.options.trajectories))) for cell in cells}
+        few = min(SCREENED, self.options.trajectories)
+        screened = {cell: self.measured(cell, few)["rmse"] for cell in cells}
         finalists = sorted(cells, key=screened.__getitem__)[:FINALISTS]
         print(f"{len(cells)} stock combinations with {nfe} calls", flush=True)
         return sorted(finalists, key=lambda cell: self.row(cell)["rmse"])
@@ -343,22 +353,28 @@ def main() -> None:
     kept = options.json.with_suffix(".partial") if options.json else Path(tempfile.mkdtemp())
     with processes() as pool:
         bench = Bench(result, pool, kept, options)
+        real = real_features(portraits.TEST_SEEDS[SAMPLES : SAMPLES + REFERENCES])
+        compared = [Cell(name, "polynomial", True, nfe, (nfe + 1) // 2) for name, nfe in learned]
+        for nfe in calls_of:
+            cells = [cell for cell in compared if (cell.solver, cell.nfe) == ("ipndm", nfe)]
+            cells.append(Cell(ALONE, "polynomial", False, nfe, nfe))
+            for cell in cells:
+                bench.row(cell)
+            for cell in (*cells, *bench.best_stock(nfe)[:BEST_STOCK]):
+                bench.frechet(cell, real)
+        # What takes a training comes last.
         for job in [pool.submit(learn, *one, kept) for one in learned]:
             job.result()
-        compared = [Cell(name, "polynomial", True, nfe, (nfe + 1) // 2) for name, nfe in learned]
-        alone_cells = [Cell(ALONE, "polynomial", False, nfe, nfe) for nfe in calls_of]
-        for cell in (*compared, *alone_cells):
+        for cell in compared:
             bench.row(cell)
-        stock_cells = [cell for nfe in calls_of for cell in bench.best_stock(nfe)[:BEST_STOCK]]
-        real = real_features(portraits.TEST_SEEDS[SAMPLES : SAMPLES + REFERENCES])
-        for cell in (*(cell for cell in compared if cell.solver == "ipndm"), *alone_cells, *stock_cells):
-            bench.frechet(cell, real)
+            if cell.solver == "ipndm":
+                bench.frechet(cell, real)
     share = overhead(files.load(predictor_file("ipndm", learned[0][1], kept)))
     print(f"Of the time of a model call, beyond what euler takes: {share:.2%}")
     result.add({"solver": "overhead", "ratio": round(share, 5)})
     result.finish()
     if options.json:
-        draw([row for row in result.rows if "rmse" in row], options.json.with_suffix(".png"))
+        draw([row for row in result.rows if row.get("n") == options.trajectories], options.json.with_suffix(".png"))
         shutil.rmtree(kept)
 
 

@@ -225,12 +225,14 @@ class Bench:
         """Without correction; with the schedules of the calibration, all three or the one it names; the grid."""
         detailed = (model, name, steps) in DETAILED
         off, on, gain, error = found.gain
+        training = found.training.curve.mean
+        tried = {"none": found.before, found.nearest: found.after}
         measured = {
             "verdict": found.nearest if found.pays else "none",
             "b_errors": [round(error, 4) for error in found.b_errors],
             "power": [round(value, 4) for value in (off, on, gain, error)],
-            "ratio": np.round(found.ratio[0], 4).tolist(),
-            "delta": {"none": found.delta(found.before).tolist(), found.nearest: found.delta(found.after).tolist()},
+            "ratio": {name: np.round(run.curve.mean / training, 4).tolist() for name, run in tried.items()},
+            "delta": {name: np.round(found.delta(run), 6).tolist() for name, run in tried.items()},
             "sigmas": [round(sigma, 4) for sigma in found.sigmas],
         }
         self.row(Cell(model, name, steps, "none"))
@@ -238,7 +240,8 @@ class Bench:
             factors = found.scales[shape]
             self.row(Cell(model, name, steps, shape), factors, scales=np.round(factors, 5).tolist(), **measured)
         if detailed:
-            self.row(Cell(model, name, steps, "ratio"), np.where(np.isfinite(found.ratio[0]), found.ratio[0], 1))
+            ratio, _ = found.ratio
+            self.row(Cell(model, name, steps, "ratio"), np.where(np.isfinite(ratio), ratio, 1))
         start = 1.0 if (model, name, steps) in FROM_ONE else float(found.scales["uniform"][0])
         self.grid(model, name, steps, start)
 
