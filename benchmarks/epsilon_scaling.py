@@ -264,26 +264,37 @@ def verdicts(rows: list[dict[str, Any]]) -> None:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """For each model and sampler the distance over b; then both curves of the calibration, without and with it."""
     from matplotlib.figure import Figure
 
     keys = list(dict.fromkeys((row["model"], row["sampler"]) for row in rows))
-    columns = min(4, len(keys))
-    lines = -(-len(keys) // columns)
-    figure = Figure(figsize=(3.6 * columns, 3.2 * lines), dpi=100, layout="constrained")
-    for place, key in enumerate(keys):
-        axes = figure.add_subplot(lines, columns, 1 + place)
+    columns = 4
+    figure = Figure(figsize=(3.6 * columns, 3.2 * -(-(len(keys) + 2) // columns)), dpi=80, layout="constrained")
+    places = iter(range(1, len(keys) + 3))
+    size = (-(-(len(keys) + 2) // columns), columns)
+    for key in keys:
+        axes = figure.add_subplot(*size, next(places))
         for color, steps in enumerate(sorted({row["steps"] for row in rows})):
             cell = [row for row in rows if (row["model"], row["sampler"], row["steps"]) == (*key, steps)]
             if not any(row["correction"] == FITTED[0] for row in cell):
                 continue
-            grid = sorted(
-                (row["b"] or 1.0, row["frechet"]) for row in cell if row["correction"] not in (*FITTED[1:], "ratio")
-            )
+            grid = sorted((row["b"] or 1.0, row["frechet"]) for row in cell if row["k"] in (None, 0))
             axes.plot(*zip(*grid, strict=True), marker="o", color=f"C{color}", label=f"{steps} steps", markersize=3)
             verdict = next(row["verdict"] for row in cell if row["correction"] == FITTED[0])
             chosen = next(row["frechet"] for row in cell if row["correction"] == verdict)
             axes.axhline(chosen, color=f"C{color}", linestyle=":", label=f"calibrated: {verdict}")
         axes.set(title=f"{key[0]}, {key[1]}", xlabel="b", ylabel="Fréchet distance", ylim=(0, None))
+        axes.legend(fontsize=7)
+    for curve, title in (("ratio", "‖ε̂‖, sampling over training"), ("delta", "δ: variance error of x")):
+        axes = figure.add_subplot(*size, next(places))
+        for color, at in enumerate(DETAILED):
+            for row in rows:
+                if (row["model"], row["sampler"], row["steps"], row["correction"]) == (*at, FITTED[0]):
+                    for name, values in row[curve].items():
+                        style = "--" if name == "none" else "-"
+                        axes.plot(row["sigmas"], values, style, color=f"C{color}", label=f"{at[1]}, {name}")
+        axes.set(title=f"{title}, {DETAILED[0][2]} steps", xlabel="sigma", xscale="log")
+        axes.invert_xaxis()
         axes.legend(fontsize=7)
     figure.savefig(path)
 
