@@ -41,7 +41,8 @@ import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from judged import features_of, processes, real_features  # noqa: E402
+from judged import features_of, real_features  # noqa: E402
+from processes import processes  # noqa: E402
 from result import Result  # noqa: E402
 from sphereguide.demo import judge as judging  # noqa: E402
 from sphereguide.demo import portraits, toy_portraits  # noqa: E402

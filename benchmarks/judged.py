@@ -1,11 +1,8 @@
-"""What the judge sees in latents of Toy Portraits, and the processes that draw them: for benchmarks of many samples."""
+"""What the judge sees in latents of Toy Portraits, for benchmarks of many samples."""
 
 from __future__ import annotations
 
 import functools
-import os
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -13,7 +10,7 @@ from sphereguide.demo import judge as judging
 from sphereguide.demo import portraits, toy_portraits
 from torch import Tensor
 
-__all__ = ["features_of", "processes", "real_features"]
+__all__ = ["features_of", "real_features"]
 
 FEW = 4
 """Pictures that are decoded at once: their activations stay in a processor's cache."""
@@ -44,10 +41,3 @@ def features_of(latents: Tensor) -> Tensor:
 def real_features(seeds: range) -> Tensor:
     """Of portraits that were never a latent, `[N, 96]`."""
     return _judge().of(judging.to_tensor(portraits.dataset(seeds)["images"])).features
-
-
-def processes() -> ProcessPoolExecutor:
-    """One for each core, so that none of them waits for another's threads."""
-    return ProcessPoolExecutor(
-        min(os.cpu_count() or 1, 8), get_context("spawn"), functools.partial(torch.set_num_threads, 1)
-    )

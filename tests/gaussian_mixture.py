@@ -28,6 +28,7 @@ class Denoiser(nn.Module):
     """D(x `[B, 4, 2, 2]`, σ `[B]`, shift `[B]`), with a cache that is no buffer, as some of ComfyUI's networks have."""
 
     dtype = torch.float32
+    std = STD
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,11 +40,11 @@ class Denoiser(nn.Module):
     def forward(self, x: Tensor, sigma: Tensor, shift: Tensor, alpha: Tensor) -> Tensor:
         sigma, shift, alpha = (value.to(x).reshape(-1, 1, 1, 1, 1) for value in (sigma, shift, alpha))
         means = self.means.to(x) + shift
-        variance = alpha**2 * STD**2 + sigma**2
+        variance = alpha**2 * self.std**2 + sigma**2
         deviation = x[:, None] - alpha * means
         log_density = -0.5 * (deviation**2 / variance).flatten(2).sum(2)
         responsibility = (self.log_weights.to(x) + log_density).softmax(1)[..., None, None, None]
-        posterior = means + alpha * STD**2 / variance * deviation
+        posterior = means + alpha * self.std**2 / variance * deviation
         posterior *= self.cached_ones.to(x)  # in place on what autograd may have kept, as ComfyUI's blocks of 2024 do
         return (responsibility * posterior).sum(1)
 
