@@ -16,10 +16,11 @@ import numpy as np
 from PIL import Image
 
 from .comfy_server import PACK, ComfyServer
-from .run import CELL, FOOT, GAP, Prompt, Sheet, beside_workflow, load, node_of, preview_of, read
+from .run import CELL, FOOT, GAP, Prompt, Sheet, beside_workflow, load, node_of, preview_of, read, unguided
 
 FOLDER = PACK / "web" / "docs" / "strengths"
 DSG, DEGRADE, SAMPLE = "SphereGuideDSG", "SphereGuideDegradeImage", "SamplerCustom"
+DPS, ILVR, SCALING = "SphereGuideDPS", "SphereGuideILVR", "SphereGuideEpsilonScaling"
 CUTOUTS = {"distance": "spherical", "cutouts": 4, "min_size": 0.5, "max_size": 1.0, "augment": True}
 
 
@@ -63,32 +64,24 @@ def clip_image(prompt: Prompt) -> None:
     replaced(prompt, "SphereGuideStyleGramLoss", "SphereGuideCLIPImageLoss", **loss)
 
 
-def unreported(prompt: Prompt, sampler: str) -> None:
-    """Another node takes the sampler that DSG Guidance took, and nothing is reported."""
-    prompt.pop(preview_of(prompt, "SphereGuideReport"))
-    report = prompt.pop(node_of(prompt, "SphereGuideReport"))
-    prompt[node_of(prompt, "VAEDecode")]["inputs"]["samples"] = report["inputs"]["samples"]
-    prompt[node_of(prompt, SAMPLE)]["inputs"]["sampler"] = [sampler, 0]
+def over_sampler(prompt: Prompt, class_type: str, **inputs: object) -> None:
+    """No guidance, and this node over the sampler in its place."""
+    plain = unguided(prompt)
+    sample = plain[node_of(plain, SAMPLE)]["inputs"]
+    plain["over"] = {"class_type": class_type, "inputs": {"sampler": sample["sampler"], **inputs}}
+    sample["sampler"] = ["over", 0]
+    prompt.clear()
+    prompt.update(plain)
 
 
 def ilvr(prompt: Prompt) -> None:
-    low_pass(prompt)
-    prompt.pop(node_of(prompt, "SphereGuideLowPassLoss"))
-    guidance = node_of(prompt, DSG)
-    reference = {"pixels": [node_of(prompt, "LoadImage"), 0], "vae": prompt[guidance]["inputs"]["vae"]}
-    prompt["reference"] = {"class_type": "VAEEncode", "inputs": reference}
-    settings = {"reference": ["reference", 0], "factor": 4, "start_percent": 0.0, "end_percent": 0.8}
-    replaced(prompt, DSG, "SphereGuideILVR", sampler=prompt[guidance]["inputs"]["sampler"], **settings)
-    unreported(prompt, guidance)
+    pixels, vae = [node_of(prompt, "LoadImage"), 0], prompt[node_of(prompt, DSG)]["inputs"]["vae"]
+    prompt["reference"] = {"class_type": "VAEEncode", "inputs": {"pixels": pixels, "vae": vae}}
+    over_sampler(prompt, ILVR, reference=["reference", 0], factor=4, start_percent=0.0, end_percent=0.8)
 
 
 def epsilon(prompt: Prompt) -> None:
-    ilvr(prompt)
-    prompt.pop("reference")
-    prompt.pop(node_of(prompt, "LoadImage"))
-    node = node_of(prompt, "SphereGuideILVR")
-    settings = {"schedule": "uniform", "b": 1.0, "k": 0.0, "start_percent": 0.0, "end_percent": 1.0}
-    replaced(prompt, "SphereGuideILVR", SCALING, sampler=prompt[node]["inputs"]["sampler"], **settings)
+    over_sampler(prompt, SCALING, schedule="uniform", b=1.0, k=0.0, start_percent=0.0, end_percent=1.0)
     prompt[node_of(prompt, "KSamplerSelect")]["inputs"]["sampler_name"] = "euler"
     prompt[node_of(prompt, "BasicScheduler")]["inputs"]["steps"] = 10
 
@@ -99,7 +92,6 @@ def dps(prompt: Prompt) -> None:
     replaced(prompt, DSG, DPS, step_size=1.0, **{key: guidance[key] for key in same})
 
 
-DPS, SCALING = "SphereGuideDPS", "SphereGuideEpsilonScaling"
 PORTRAIT, MAP, STYLE = (f"sphereguide_{name}.png" for name in ("portrait", "map", "style"))
 STRIPS = {
     "inpainting": Strip("toy_inpainting", (0.01, 0.2, 0.9), "degraded"),
@@ -113,17 +105,17 @@ STRIPS = {
     "style": Strip("toy_style", (0.02, 0.2, 0.8), STYLE),
     "faceid": Strip("toy_faceid", (0.02, 0.3, 0.8), PORTRAIT),
     "dps": Strip("toy_super_resolution", (0.5, 10, 100), "degraded", dps, DPS, "step_size"),
-    "ilvr": Strip("toy_deblur", (16, 4, 2), PORTRAIT, ilvr, "SphereGuideILVR", "factor"),
-    "epsilon": Strip("toy_deblur", (1.0, 1.08, 1.3), "", epsilon, SCALING, "b"),
+    "ilvr": Strip("toy_deblur", (16, 4, 2), PORTRAIT, ilvr, ILVR, "factor"),
+    "epsilon": Strip("toy_clip_text", (1.0, 1.08, 1.3), "", epsilon, SCALING, "b"),
 }
 
 
 def draw(server: ComfyServer, strip: Strip) -> Image.Image:
     prompt = read(strip.workflow)
     strip.changed(prompt)
-    if "LoadImage" in {node["class_type"] for node in prompt.values()}:
-        loader = prompt[node_of(prompt, "LoadImage")]["inputs"]
-        loader["image"] = strip.shown if strip.shown.startswith("sphereguide") else loader["image"]
+    beside = strip.shown in (PORTRAIT, MAP, STYLE)
+    if beside:
+        prompt[node_of(prompt, "LoadImage")]["inputs"]["image"] = strip.shown
     tiles: list[tuple[str, np.ndarray]] = []
     for value in strip.values:
         prompt[node_of(prompt, strip.of)]["inputs"][strip.setting] = value
@@ -131,7 +123,7 @@ def draw(server: ComfyServer, strip: Strip) -> Image.Image:
         tiles.append((f"{strip.setting} {value:g}", load(server.images(run, node_of(prompt, "SaveImage")))[0]))
         if strip.shown == "degraded" and len(tiles) == 1:
             tiles.insert(0, ("", load(server.images(run, preview_of(prompt, DEGRADE)))[0]))
-    if strip.shown.startswith("sphereguide"):
+    if beside:
         tiles.insert(0, ("", beside_workflow(strip.shown)))
     sheet = Sheet((len(tiles) * (CELL + GAP) - GAP, CELL + FOOT))
     for column, (label, pixels) in enumerate(tiles):
