@@ -393,24 +393,33 @@ class AMEDScheduler:
         positive: Any = None,
         negative: Any = None,
         latent: dict[str, Any] | None = None,
-    ) -> tuple[Tensor]:
-        if found := mismatches(predictor, model, None):
+    ) -> dict[str, Any]:
+        settings, most = predictor.settings, float(model.get_model_object("model_sampling").sigma_max)
+        if settings.sigmas[0] > 1.01 * most:
+            raise ValueError(
+                f"AMED Scheduler: the predictor begins at sigma {settings.sigmas[0]:.4g}, and this model ends at "
+                f"{most:.4g}: it is for another kind of model. Train one for this."
+            )
+        fits = "It was trained for this model."
+        if found := "; ".join(mismatches(predictor, model, None)):
+            fits = f"It was trained for something else: this model has {found}. Train one for this."
             log.warning(
                 "AMED Scheduler: the predictor was trained for something else: this model has %s. Train one for this.",
-                found[0],
+                found,
             )
+        report = f"{predictor.about()}\n{fits}"
         if points == "base":
-            return (base_sigmas(predictor),)
+            return {"ui": {"text": [report]}, "result": (base_sigmas(predictor),)}
         given = [value is not None for value in (positive, negative, latent)]
         if any(given) and not all(given):
             raise ValueError("AMED Scheduler: a probe takes positive, negative and latent. Connect all three, or none.")
-        midpoints = predictor.settings.midpoints
+        midpoints = settings.midpoints
         if latent is not None:
             guider = comfy.samplers.CFGGuider(model)
             guider.set_conds(positive, negative)
             guider.set_cfg(predictor.settings.cfg)
             midpoints = probed_midpoints(predictor, guider, host.fitted(model, latent))
-        return (expanded_sigmas(predictor, midpoints),)
+        return {"ui": {"text": [report]}, "result": (expanded_sigmas(predictor, midpoints),)}
 
 
 class AMEDSampler:

@@ -22,6 +22,7 @@ from typing import Any
 
 import comfy.samplers
 import numpy as np
+import torch
 from torch import Tensor
 
 from .kernel import levels, with_function
@@ -92,15 +93,24 @@ class EpsilonScaling:
 
     def __call__(self, args: dict[str, Any], sigmas: list[float]) -> Tensor:
         """x̂₀ for what ComfyUI hands to a post-CFG function, in a run along `sigmas`."""
-        sampling, sigma = args["model"].model_sampling, float(args["sigma"].max())
-        scale = self.schedule(sigmas)(sigma)
-        if scale == 1:  # before anything is asked of a GPU
-            return args["denoised"]
+        schedule, sampling = self.schedule(sigmas), args["model"].model_sampling
+        x, denoised, sigma = args["input"], args["denoised"], args["sigma"]
+        if sigma.min() == sigma.max():
+            return self._corrected(schedule, sampling, x, denoised, sigma.max())
+        each = zip(x.split(1), denoised.split(1), sigma, strict=True)  # AMED's samples have times of their own
+        return torch.cat([self._corrected(schedule, sampling, *sample) for sample in each])
+
+    def _corrected(self, schedule: EpsilonSchedule, sampling: Any, x: Tensor, denoised: Tensor, at: Tensor) -> Tensor:
+        """x̂₀ of samples that are all at one noise level."""
+        sigma = float(at)
+        scale = schedule(sigma)
+        if scale == 1:  # before anything else is asked of a GPU
+            return denoised
         start, end = (float(sampling.percent_to_sigma(p)) for p in (self.start_percent, self.end_percent))
-        alpha, noise = levels(sampling, args["sigma"].max())
+        alpha, noise = levels(sampling, at)
         if not end <= sigma <= start or noise > MOST_NOISE * alpha:
-            return args["denoised"]
-        return corrected(args["input"], args["denoised"], alpha, scale)
+            return denoised
+        return corrected(x, denoised, alpha, scale)
 
 
 def corrected(x: Tensor, denoised: Tensor, alpha: float, scale: float) -> Tensor:

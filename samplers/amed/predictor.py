@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .students import ORDERS, Choice
 
@@ -116,6 +117,8 @@ class AMEDSettings:
             raise ValueError(f"the sigmas {self.sigmas} do not fall to a last one above 0")
         if not (0 <= self.scale_dir < 1 and 0 <= self.scale_time < 1):
             raise ValueError(f"scales may be off 1 by 0 to 1, and not by {self.scale_dir} and {self.scale_time}")
+        if len(self.midpoints) not in (0, self.steps):
+            raise ValueError(f"there are {len(self.midpoints)} midpoints for {self.steps} intervals")
 
     @property
     def steps(self) -> int:
@@ -228,7 +231,7 @@ def settings_of(values: dict[str, Any]) -> AMEDSettings:
 def fingerprint(patcher: Any) -> str:
     """A hash of a MODEL: names, shapes and some values of its weights, and what patches them.
 
-    Another precision is another model; a LoRA counts by what it patches and how strongly.
+    Another precision is another model; a LoRA counts by what it patches, how strongly, and some of its values.
     """
     network = patcher.model.diffusion_model
     if network not in _hashed:  # it takes as long as some model calls; ComfyUI changes weights by patches alone
@@ -236,6 +239,10 @@ def fingerprint(patcher: Any) -> str:
     sha = _hashed[network].copy()
     for name, patches in sorted(patcher.patches.items(), key=lambda item: str(item[0])):
         sha.update(f"{name} {[patch[0] for patch in patches]}".encode())
+        for patch in patches:
+            for value in tree_leaves(getattr(patch[1], "weights", patch[1])):  # of an adapter, on newer hosts
+                if isinstance(value, Tensor):
+                    sha.update(_some_of(value))
     return sha.hexdigest()[:16]
 
 
@@ -250,6 +257,10 @@ def _hash_of_weights(network: nn.Module, backup: dict[str, Any]) -> Any:
         weight = getattr(unpatched, "weight", unpatched)
         sha.update(f"{name} {tuple(weight.shape)}".encode())
         if type(weight) in (Tensor, nn.Parameter) and weight.device.type != "meta" and weight.numel():
-            some = weight.detach().reshape(-1)[:: max(1, weight.numel() // 16)]
-            sha.update(some.float().cpu().numpy().tobytes())
+            sha.update(_some_of(weight))
     return sha
+
+
+def _some_of(weight: Tensor) -> bytes:
+    some = weight.detach().reshape(-1)[:: max(1, weight.numel() // 16)]
+    return some.float().cpu().numpy().tobytes()

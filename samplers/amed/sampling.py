@@ -17,7 +17,7 @@ from comfy.k_diffusion.sampling import trange
 from torch import Tensor
 
 from ... import host
-from ..kernel import levels, per_sample
+from ..kernel import levels, mask_at, per_sample
 from .bottleneck import Bottleneck, watched
 from .predictor import AMEDPredictor, fingerprint
 from .students import Choice, Student, classical
@@ -147,6 +147,8 @@ def sampled(
     `each` is told of every interval: its index, x and denoised at its beginning.
     """
     settings, steps = predictor.settings, intervals(sigmas.tolist(), predictor)
+    if not steps:
+        return x
     student = Student(settings.student, settings.max_order, len(steps), steps[-1].last)
     base_model, options = host.base_model(model), extra_args.get("model_options", {})
     with watched(base_model.diffusion_model, options, host.guider(model).conds) as (bottleneck, options):
@@ -155,9 +157,13 @@ def sampled(
             t, t_next = (x.new_full((len(x),), value, dtype=torch.float32) for value in (step.t, step.t_next))
             afs = settings.afs and i == 0 and math.isclose(step.t, settings.sigmas[0], rel_tol=1e-3)
             denoised, features = look(base_model, bottleneck, ask, x, t, afs)
+            mask = mask_at(model, t, **extra_args)
+            if afs and mask is not None:  # what ComfyUI does to a model's answer
+                kept = next(link.latent_image for link in host.chain(model) if "latent_image" in vars(link))
+                denoised = denoised * mask + kept * (1 - mask)
             choice = choose(features, t, t_next) if step.known else classical(x)
             each(i, x, denoised)
-            x, d_mid = student.advance(x, t, t_next, choice, denoised, ask)
+            x, d_mid = student.advance(x, t, t_next, choice, denoised, ask, mask)
             if step.last:
                 x = x - per_sample(t_next, x) * d_mid
     return x

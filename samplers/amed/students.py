@@ -159,9 +159,19 @@ class Student:
             self.solver.history = tree_map(Tensor.detach, self.solver.history)
 
     def advance(
-        self, x: Tensor, t: Tensor, t_next: Tensor, choice: Choice, denoised: Tensor, ask: Ask
+        self,
+        x: Tensor,
+        t: Tensor,
+        t_next: Tensor,
+        choice: Choice,
+        denoised: Tensor,
+        ask: Ask,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x at `t_next` and d_mid, for x `[B, …]` at `t` `[B]`, where the model said `denoised`. One model call."""
+        """x at `t_next` and d_mid, for x `[B, …]` at `t` `[B]`, where the model said `denoised`. One model call.
+
+        mask  0 where an image is kept, whose noise falls as it is, so that no scale may change its length
+        """
         t_mid = choice.middle(t, t_next)
         d = direction(x, t, denoised)
         if self.solver is None:
@@ -171,6 +181,8 @@ class Student:
         denoised_mid = ask(x_mid, choice.scale_time * t_mid)
         d_mid = direction(x_mid, t_mid, denoised_mid)
         scale = per_sample(choice.scale_dir, x)
+        if mask is not None:
+            scale = 1 + (scale - 1) * mask
         if self.solver is not None:
             return x_mid + scale * (self.solver.advance(x_mid, t_mid, t_next, denoised_mid) - x_mid), d_mid
         if self.name == "dpm2":

@@ -238,6 +238,8 @@ class _Training:
             if not self.history.errors:
                 self._judge()
                 self._keep()  # a folder that can't be written to is known now
+            elif self.iteration % self.plan.looks == 0 and self.history.errors[-1][0] != self.iteration:
+                self._judge()  # it was stopped in this look
             started, first, saved, earlier = time.monotonic(), self.iteration, time.monotonic(), self.seconds
             while self.iteration < self.plan.iterations:
                 losses, latents = self._iterate(self._batch(self.iteration))
