@@ -241,8 +241,7 @@ class Bench:
             factors = found.scales[shape]
             self.row(Cell(model, name, steps, shape), factors, scales=np.round(factors, 5).tolist(), **measured)
         if detailed:
-            ratio, _ = found.ratio
-            self.row(Cell(model, name, steps, "ratio"), np.where(np.isfinite(ratio), ratio, 1))
+            self.row(Cell(model, name, steps, "ratio"), np.array(found.papers.scales[::-1]))
         start = 1.0 if (model, name, steps) in FROM_ONE else float(found.scales["uniform"][0])
         self.grid(model, name, steps, start)
 

@@ -161,14 +161,15 @@ class EpsilonScalingCalibrate:
     CATEGORY = "SphereGuide/epsilon scaling"
     FUNCTION = "calibrate"
     OUTPUT_NODE = True
-    RETURN_TYPES = ("FLOAT", "FLOAT", "EPSILON_SCHEDULE", "IMAGE", "STRING")
-    RETURN_NAMES = ("b", "k", "epsilon_schedule", "curves", "verdict")
+    RETURN_TYPES = ("FLOAT", "FLOAT", "EPSILON_SCHEDULE", "IMAGE", "STRING", "EPSILON_SCHEDULE")
+    RETURN_NAMES = ("b", "k", "epsilon_schedule", "curves", "verdict", "ratio_schedule")
     OUTPUT_TOOLTIPS = (
         "For schedule linear, with k. 1 where the correction should stay off.",
         "For schedule linear, with b. 0 where uniform is as good.",
         "The best of uniform, linear and measured, or none: for schedule measured.",
         "What was measured before and after.",
         "What the node shows.",
+        "The paper's λ, the ratio of the two lengths as it is, whatever the verdict: to compare with.",
     )
     SEARCH_ALIASES = ["calibrate", "exposure bias", "epsilon norm", "measure noise", "auto b"]
 
@@ -261,7 +262,8 @@ class EpsilonScalingCalibrate:
             bar.update_absolute,
         )
         verdict, (k, b) = said(found), found.linear
-        return {"ui": {"text": [verdict]}, "result": (b, k, found.schedule, curves(found, figure), verdict)}
+        result = (b, k, found.schedule, curves(found, figure), verdict, found.papers)
+        return {"ui": {"text": [verdict]}, "result": result}
 
 
 def said(found: Calibration) -> str:
@@ -310,6 +312,8 @@ def curves(found: Calibration, figure: Figure) -> Tensor:
     scales.axhline(1, color="#999999", linewidth=0.8)
     for name, values in found.scales.items():
         scales.plot(found.sigmas, values, label=name, linewidth=2 if name == found.nearest else 1)
+    ratio, error = found.ratio
+    scales.errorbar(found.sigmas, ratio, 2 * error, fmt=".", color="#c4553b", markersize=4, linewidth=1, label="ratio")
     scales.set(title="λ that brings the power nearest", xlabel="sigma")
     powers.axhline(1, color="#222222", linewidth=0.8, label="real")
     frequency = np.linspace(0, 1, found.real.shape[-1] + 1)[1:]

@@ -107,6 +107,12 @@ class Calibration:
         """Sampling over training curve at each step, and its standard error."""
         return _ratio(self.before.curve, self.training.curve)
 
+    @property
+    def papers(self) -> EpsilonSchedule:
+        """λ as the paper has it: the ratio itself, 1 where the model wasn't asked."""
+        ratio, _ = self.ratio
+        return _schedule(self.sigmas, np.where(np.isfinite(ratio), ratio, 1))
+
     def delta(self, run: Run) -> np.ndarray:
         """δ_t, the squared error of the standard deviation of x at each step (section 3 of the paper)."""
         return (run.state.mean - self.training.state.mean) ** 2

@@ -287,7 +287,8 @@ def test_the_node_returns_what_plugs_into_the_others_and_says_what_it_found(mode
     with noise_times(1.1, model):
         out = node(model, real)
         result = found(model, real)
-    b, k, schedule, picture, verdict = out["result"]
+    b, k, schedule, picture, verdict, ratio = out["result"]
+    assert ratio.scales == pytest.approx(result.ratio[0][::-1].tolist()) and ratio.sigmas == schedule.sigmas
     assert out["ui"]["text"] == [verdict]
     assert schedule == result.schedule and (k, b) == result.linear
     assert picture.shape == (1, 400, 1200, 3) and 0 <= picture.min() < picture.max() <= 1
@@ -300,7 +301,7 @@ def test_the_node_returns_what_plugs_into_the_others_and_says_what_it_found(mode
 
 def test_the_node_says_when_the_correction_should_stay_off(model: Any, real: Tensor) -> None:
     out = node(model, real[:8], samples=8)
-    b, k, schedule, _, verdict = out["result"]
+    b, k, schedule, _, verdict, _ = out["result"]
     assert (b, k, set(schedule.scales)) == (1.0, 0.0, {1.0})
     assert verdict.startswith("Leave the correction off") and "no evidence" in verdict
     assert re.search(r"8 samples leave b.*\n8 real images leave b", verdict)

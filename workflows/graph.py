@@ -100,6 +100,7 @@ TYPES = {
             "epsilon_schedule": "EPSILON_SCHEDULE",
             "curves": "IMAGE",
             "verdict": "STRING",
+            "ratio_schedule": "EPSILON_SCHEDULE",
         },
     ),
     "SphereGuideFaceIDLoss": Type({"face_encoder": "FACE_ENCODER", "image": "IMAGE"}, {"loss": "GUIDANCE_LOSS"}),
