@@ -15,12 +15,14 @@ from . import (
     report,
     segmentation,
     style,
+    sweep,
 )
 
 _NODES = {
     **guidance.NODES,
     **reference.NODES,
     **report.NODES,
+    **sweep.NODES,
     **measurement.NODES,
     **clip.NODES,
     **segmentation.NODES,

@@ -63,7 +63,8 @@ def run(comfy_server: ComfyServer) -> Iterator[Callable[..., Any]]:
             random_checkpoints.write(random_checkpoints.LAYOUTS[family], path)
             written.append(path)
         done = comfy_server.run(prompt, on_progress=on_progress)
-        pictures = load(comfy_server.images(done, node_of(prompt, "SaveImage")))
+        saved = [key for key, node in prompt.items() if node["class_type"] == "SaveImage"]
+        pictures = [picture for key in saved for picture in load(comfy_server.images(done, key))]
         return done, prompt, np.array(pictures, dtype=int)
 
     yield run_small

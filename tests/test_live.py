@@ -169,12 +169,9 @@ def test_a_client_hears_of_its_own_prompts_also_where_the_guidance_node_is_cache
 @pytest.mark.server
 def test_each_of_several_guided_samplers_tells_of_itself(comfy_server: ComfyServer) -> None:
     prompt = workflow(comfy_server, "toy_strength_sweep")
-    rates = {}
-    for key, node in prompt.items():
-        if node["class_type"] == "SphereGuideKSampler":
-            node["inputs"] |= {"steps": 2, "seed": 21}  # no other test's
-            rates[key] = node["inputs"]["guidance_rate"]
+    key = node_of(prompt, "SphereGuideDSG")
+    prompt[node_of(prompt, "SphereGuideSweep")]["inputs"]["values"] = "0, 0.1, 0.2"
+    prompt[node_of(prompt, "BasicScheduler")]["inputs"]["steps"] = 2
+    prompt[node_of(prompt, "SamplerCustom")]["inputs"]["noise_seed"] = 21  # no other test's
     told = [(data["node"], data.get("step")) for data in comfy_server.run(prompt).guided]
-    assert sorted(told, key=str) == sorted(
-        [*((key, None) for key in rates), *((key, 0) for key, rate in rates.items() if rate)], key=str
-    )
+    assert told == [(key, step) for step in (None, None, 0, None, 0)]  # the first is not guided

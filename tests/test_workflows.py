@@ -13,9 +13,10 @@ import build
 import checkpoints
 import numpy as np
 import pytest
-from comfy_server import ComfyServer
+from comfy_server import ComfyServer, Run
 from PIL import Image
 from sphereguide.demo.run import RESTORED, STEERED, load, node_of, unguided
+from wires import behind, crossings
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
@@ -61,14 +62,16 @@ def test_nodes_do_not_overlap_and_lie_in_their_groups(name: str) -> None:
         node["id"]: (*node["pos"], node["pos"][0] + node["size"]["0"], node["pos"][1] + node["size"]["1"])
         for node in workflow["nodes"]
     }
+    bare = {node["id"] for node in workflow["nodes"] if node["type"] == "Reroute"}  # without a title
     for one, (left, top, right, bottom) in boxes.items():
         for other, (x0, y0, x1, y1) in boxes.items():
-            apart = right <= x0 or x1 <= left or bottom + title <= y0 or y1 + title <= top
+            apart = right <= x0 or x1 <= left or bottom + title * (other not in bare) <= y0
+            apart = apart or y1 + title * (one not in bare) <= top
             assert one == other or apart, f"nodes {one} and {other} overlap"
         inside = [
             (x, y, x + width, y + height)
             for x, y, width, height in (group["bounding"] for group in workflow["groups"])
-            if not (right <= x or x + width <= left or bottom <= y or y + height <= top)
+            if not (one in bare or right <= x or x + width <= left or bottom <= y or y + height <= top)
         ]
         assert all(x <= left and y + title <= top and right <= x1 and bottom <= y1 for x, y, x1, y1 in inside)
 
@@ -80,6 +83,15 @@ def test_wires_run_from_left_to_right(name: str) -> None:
     for _, source, _, target, _, _ in workflow["links"]:
         right = nodes[source]["pos"][0] + nodes[source]["size"]["0"]
         assert right < nodes[target]["pos"][0] or nodes[source]["pos"][0] == nodes[target]["pos"][0]
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_no_wire_passes_behind_a_node_and_few_cross(name: str) -> None:
+    """None at all is impossible: a checkpoint gives MODEL, CLIP and VAE in that order, a sampler wants another."""
+    workflow = read(f"{name}.json")
+    assert behind(workflow) == []
+    samplers = sum(node["type"] == "SamplerCustom" for node in workflow["nodes"])
+    assert len(crossings(workflow)) <= len(workflow["links"]) * (1 if samplers > 1 else 0.7)
 
 
 def to_api(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]:
@@ -171,13 +183,15 @@ def test_workflow_that_steers_runs_and_makes_another_picture_than_without_guidan
 @pytest.mark.server
 def test_the_sweep_makes_another_picture_for_each_strength(comfy_server: ComfyServer) -> None:
     prompt = read("api", "toy_strength_sweep.json")
-    samplers = [node["inputs"] for node in prompt.values() if node["class_type"] == "SphereGuideKSampler"]
-    for inputs in samplers:
-        inputs["steps"] = 6
-    pictures = np.array(load(comfy_server.images(comfy_server.run(prompt), node_of(prompt, "SaveImage"))), dtype=int)
-    rates = [inputs["guidance_rate"] for inputs in samplers]
+    prompt[node_of(prompt, "BasicScheduler")]["inputs"]["steps"] = 6
+    sweep, save = node_of(prompt, "SphereGuideSweep"), node_of(prompt, "SaveImage")
+    pictures = np.array(load(comfy_server.images(comfy_server.run(prompt), save)), dtype=int)
+    rates = [float(value) for value in prompt[sweep]["inputs"]["values"].split(",")]
     assert len(pictures) == len(rates) and rates == sorted(rates) and (rates[0], rates[-1]) == (0, 1)
     assert all(np.abs(one - other).mean() > 1 for one, other in pairwise(pictures))
+    prompt[node_of(prompt, "SphereGuideDSG")]["inputs"]["guidance_rate"] = rates[2]
+    (alone,) = load(comfy_server.images(comfy_server.run(prompt), save))
+    assert np.array_equal(alone, pictures[2])
 
 
 @pytest.mark.server
@@ -185,8 +199,9 @@ def test_the_corrections_side_by_side_begin_with_the_same_pictures(comfy_server:
     prompt = read("api", "toy_epsilon_scaling.json")
     short(prompt)
     run = comfy_server.run(prompt)
-    pictures = np.array(load(comfy_server.images(run, node_of(prompt, "SaveImage"))), dtype=int)
-    off, uniform, calibrated = pictures.reshape(3, 4, *pictures.shape[1:])
+    pictures = drawn(comfy_server, prompt, run)
+    off, uniform = pictures["Without, and uniform"].reshape(2, 4, 128, 128, 3)
+    calibrated = pictures["Calibrated"]
     assert np.abs(uniform - off).mean() > 0.5
     # With so few samples the calibration may say that there is no evidence: then it is off to the bit.
     (verdict,) = run.outputs[node_of(prompt, "SphereGuideEpsilonScalingCalibrate")]["text"]
@@ -221,10 +236,19 @@ def test_a_predictor_is_trained_saved_and_drawn_with(comfy_server: ComfyServer) 
 @pytest.mark.server
 def test_six_learned_calls_come_nearer_to_fifty_than_six_stock_ones(comfy_server: ComfyServer) -> None:
     prompt = read("api", "toy_amed_sample.json")
-    run = comfy_server.run(prompt)
-    pictures = np.array(load(comfy_server.images(run, node_of(prompt, "SaveImage"))), dtype=float)
-    learned, stock, fifty = pictures.reshape(3, 4, *pictures.shape[1:])
+    pictures = drawn(comfy_server, prompt, comfy_server.run(prompt))
+    learned = pictures["AMED with 6 calls, four pictures"]
+    stock, fifty = pictures["Stock with 6 calls, then with 50, four each"].reshape(2, 4, 128, 128, 3)
     assert np.abs(learned - fifty).mean() < np.abs(stock - fifty).mean()
+
+
+def drawn(server: ComfyServer, prompt: dict[str, Any], run: Run) -> dict[str, np.ndarray]:
+    """The pictures of each Save Image, by its title."""
+    return {
+        node["_meta"]["title"]: np.array(load(server.images(run, key)), dtype=int)
+        for key, node in prompt.items()
+        if node["class_type"] == "SaveImage"
+    }
 
 
 def short(prompt: dict[str, Any]) -> None:

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import checkpoints
 import toys
-from graph import NOT_RUN, OURS, TYPES, Workflow
+from graph import NOT_RUN, OURS, Workflow
 from layouts import MAP, PICTURE, STYLE
+from wires import curves
 
 HERE = Path(__file__).resolve().parent
 WORKFLOWS = {**toys.WORKFLOWS, **checkpoints.WORKFLOWS}
@@ -83,21 +84,8 @@ def card(name: str, workflow: Workflow) -> None:
     for group in workflow.groups:
         color = ImageColor.getrgb(group.color)
         draw.rounded_rectangle(box(*group.bounding), 4 * times, tuple(34 + part // 3 for part in color))
-    for node in nodes.values():
-        for key, wire in node.wires.items():
-            source, output = workflow.origin(wire)
-            slots = list(TYPES[nodes[source].type].outputs), list(TYPES[node.type].inputs)
-            (x0, y0), (x1, y1) = (nodes[source].at, node.at)
-            start = x0 + nodes[source].size[0], y0 + 14 + 20 * slots[0].index(output)
-            end = x1, y1 + 14 + 20 * slots[1].index(key)
-            bend = max(40, abs(end[0] - start[0]) / 4)
-            curve = []
-            for i in range(33):
-                t = i / 32
-                weights = (1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3
-                xs, ys = (start[0], start[0] + bend, end[0] - bend, end[0]), (start[1], start[1], end[1], end[1])
-                curve.append(at(*(sum(w * v for w, v in zip(weights, axis, strict=True)) for axis in (xs, ys))))
-            draw.line(curve, WIRES.get(workflow.kind((source, output)), "#8a8a8a"), times)
+    for link, curve in curves(workflow.ui()):
+        draw.line([at(*point) for point in curve], WIRES.get(link[5], "#8a8a8a"), times)
     for node in nodes.values():
         ours = node.type.startswith("SphereGuide")
         (x, y), (w, h) = node.at, node.size

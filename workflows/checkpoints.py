@@ -184,7 +184,6 @@ sampler's noise. The prompt stays: the loss is a second opinion, for what the mo
             0.2,
             "a lighthouse in a storm",
             5.0,
-            1260,
             steps=STEPS,
             **common,
             **coarse,
@@ -192,7 +191,7 @@ sampler's noise. The prompt stays: the loss is a second opinion, for what the mo
         f"{key}_faceid": steered(
             f"{key}_faceid",
             {
-                "face": picture_of("Reference face", "face.jpg"),
+                "face": picture_of("Reference face", "face.jpg", 690, 760),
                 "encoder": face_loader(name=FACES),
                 "loss": face_loss((1130, 640), "detect"),
             },
@@ -243,7 +242,6 @@ turns the sampler's noise. What lies outside of the rectangles is free."""
             0.1,
             "photo of a dog and a cat in a meadow",
             family.cfg,
-            1140,
             steps=STEPS,
             **common,
             **coarse,
@@ -260,10 +258,10 @@ While it samples, a model meets its own errors and predicts noise that is a litt
 the fewer the steps. Epsilon Scaling divides that noise by b. Here: the same seeds without it, with
 b 1.005 and with 1.015.{needs(family)}
 Turn these:
-- b (A little, More): above 1 gives texture and detail, then grain; below 1 smooths. Go by 0.001.
-- steps (Steps), sampler_name (Sampler), cfg (all three): each recipe needs a b of its own, and may need none. More
+- values (Values of b): above 1 gives texture and detail, then grain; below 1 smooths; 1 is off. Go by 0.001.
+- steps (Steps), sampler_name (Sampler), cfg (Sample): each recipe needs a b of its own, and may need none. More
 steps need less.
-- noise_seed, the same in all three: other pictures.
+- noise_seed (Sample): other pictures.
 
 Expect: small differences, in textures and fine detail. What is best here nobody has measured: Calibrate Epsilon Scaling
 does, if you give it 32 or more real pictures of the kind that your prompt asks for. toy_calibrate shows how.""",
@@ -293,7 +291,7 @@ Turn these:
 
 Then: {key}_amed_sample draws with it.""",
             family.pictures,
-            wider=320,
+            wider=400,
             cfg=family.cfg,
             scale_dir=0.01,
             scale_time=0.2,
@@ -309,8 +307,8 @@ Then: {key}_amed_sample draws with it.""",
             family.pictures,
             f"""
 A sampler of few steps goes wrong since it asks the model at the wrong times. AMED learns, for one model and one cfg,
-where to ask. Here: pictures of six model calls with a learned solver, of six with a stock sampler, and of fifty with
-it.
+where to ask. Here: pictures of six model calls with a learned solver; below, of six with a stock sampler, and of fifty
+with it.
 
 Load:
 - Checkpoint: the one of {family.name} that the predictor was trained for.
@@ -319,11 +317,12 @@ Load:
 Then queue.
 
 Turn these:
-- cfg in all three: the one of the training. The predictor says which, on its output about.
+- cfg in both: the one of the training. The predictor says which, on its output about.
 - sampler_name and scheduler (Stock sampler): is there one that does as well?
-- noise_seed in all three: other pictures.
+- noise_seed in both: other pictures.
+- values (Numbers of steps): what the stock sampler gets.
 
-Expect: the first pictures should look more like the last than the second do. If they don't, the predictor is no good:
+Expect: the upper pictures should look more like the last of the lower than the first of these do. If they don't, the predictor is no good:
 train it longer, with more trajectories.""",
             760,
         ),

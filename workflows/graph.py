@@ -130,6 +130,7 @@ TYPES = {
         {"style": "IMAGE", "open_clip_model": "OPEN_CLIP_MODEL", "vgg": "VGG_FEATURES"}, {"loss": "GUIDANCE_LOSS"}
     ),
     "SphereGuideSuperResolutionLoss": Type({"image": "IMAGE"}, {"loss": "GUIDANCE_LOSS"}),
+    "SphereGuideSweep": Type({}, {"value": "FLOAT", "whole": "INT"}),
     "SphereGuideToyPortraits": Type({}, {"MODEL": "MODEL", "CLIP": "CLIP", "VAE": "VAE"}),
     "Note": Type(),
     "Reroute": Type({"": "*"}, {"": "*"}),
@@ -204,7 +205,7 @@ class Workflow:
                 ids[wire[0]],
                 self.slot(*wire),
                 ids[name],
-                list(TYPES[self.nodes[name].type].inputs).index(key),
+                self.sockets(name).index(key),
                 self.kind(self.origin(wire)),
             ]
             for number, (name, key, wire) in enumerate(wires, 1)
@@ -241,10 +242,11 @@ class Workflow:
             "inputs": [
                 {
                     "name": key,
-                    "type": kind,
+                    "type": TYPES[node.type].inputs.get(key) or self.kind(node.wires[key]),
                     "link": next((link[0] for link in links if link[3:5] == [node_id, slot]), None),
+                    **({} if key in TYPES[node.type].inputs else {"widget": {"name": key}}),
                 }
-                for slot, (key, kind) in enumerate(TYPES[node.type].inputs.items())
+                for slot, key in enumerate(self.sockets(name))
             ],
             "outputs": [
                 {
@@ -264,6 +266,11 @@ class Workflow:
 
     def ids(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(self.nodes, 1)}
+
+    def sockets(self, name: str) -> list[str]:
+        """The inputs of a node, and behind them those of its widgets that a wire goes into."""
+        inputs = TYPES[self.nodes[name].type].inputs
+        return [*inputs, *(key for key in self.nodes[name].wires if key not in inputs)]
 
     def slot(self, name: str, output: str) -> int:
         return list(TYPES[self.nodes[name].type].outputs).index(output)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from graph import Group, Node, Workflow
@@ -32,16 +32,16 @@ class Model:
         return Node(self.empty, at, (300, 110), widgets)
 
 
-TOYS = Model(Node("SphereGuideToyPortraits", (380, 0), (250, 70), title="Load Toy Portraits"), 128)
+TOYS = Model(Node("SphereGuideToyPortraits", (320, 0), (250, 70), title="Load Toy Portraits"), 128)
 
 
 def checkpoint(file: str, size: int, empty: str = "EmptyLatentImage") -> Model:
-    loader = Node("CheckpointLoaderSimple", (380, 0), (250, 100), {"ckpt_name": file}, title="Checkpoint")
+    loader = Node("CheckpointLoaderSimple", (320, 0), (250, 100), {"ckpt_name": file}, title="Checkpoint")
     return Model(loader, size, empty)
 
 
 def explained(text: str, height: int = 560) -> Node:
-    return Node("Note", (0, 0), (320, height), {"text": paragraphs(text)}, title="What this does")
+    return Node("Note", (0, 0), (270, height), {"text": paragraphs(text)}, title="What this does")
 
 
 def paragraphs(text: str) -> str:
@@ -71,8 +71,8 @@ def prompts(positive: str = "", negative: str = "") -> dict[str, Node]:
     title = "Prompt" if positive else "Prompt (may be empty)"
     wire = {"clip": ("model", "CLIP")}
     return {
-        "positive": Node("CLIPTextEncode", (760, 180), (300, 100), {"text": positive}, wire, title),
-        "negative": Node("CLIPTextEncode", (760, 335), (300, 100), {"text": negative}, wire, "Negative prompt"),
+        "positive": Node("CLIPTextEncode", (760, 80), (300, 100), {"text": positive}, wire, title),
+        "negative": Node("CLIPTextEncode", (760, 225), (300, 100), {"text": negative}, wire, "Negative prompt"),
     }
 
 
@@ -83,6 +83,19 @@ def schedule(
     return Node("BasicScheduler", at, (300, 110), widgets, {"model": model}, title)
 
 
+def reroute(at: tuple[int, int], wire: Wire) -> Node:
+    return Node("Reroute", at, (75, 26), {}, {"": wire})
+
+
+def vae_bus(floor: int, turns: tuple[int, ...] = (290, 470)) -> dict[str, Node]:
+    """The VAE's wire from the model down between the columns, to "vae" at `floor`: short pieces bend little."""
+    nodes, before = {}, ("model", "VAE")
+    for y in (*turns, *range(800, floor - 600, 460)):
+        nodes[f"vae {y}"] = reroute((600, y), before)
+        before = (f"vae {y}", "")
+    return {**nodes, "vae": reroute((690, floor), before)}
+
+
 def steered(
     name: str,
     condition: dict[str, Node],
@@ -91,72 +104,86 @@ def steered(
     guidance_rate: float,
     prompt: str = "",
     cfg: float = 1.0,
-    floor: int = 1040,
     *,
     model: Model = TOYS,
     negative: str = "",
     steps: int = STEPS,
     sampler: str = "euler_ancestral",
     note_height: int = 560,
+    rates: str = "",
     **settings: Any,
 ) -> Workflow:
     """The model samples from `prompt`, and DSG Guidance steers it by the node called "loss" of `condition`.
 
-    `condition` is what makes that loss, in x from 380 to 1430 and in y from 540 (the loss: from 640) to `floor`, where
-    the VAE's wire runs. `what` is the title of its group. `settings` are those of DSG Guidance.
+    `condition` is what makes that loss, in x from 320 to 1430 and in y from 540 (the loss: from 640). `what` is the
+    title of its group. `settings` are those of DSG Guidance; `rates` are several guidance_rates, one after the other.
     """
+    judged = [node for node in condition.values() if node.at[0] < 1110]
+    left, lowest = min(node.at[0] for node in judged) - 20, max(node.at[1] + node.size[1] for node in judged)
+    bottom = 1140 if rates else 1020
+    floor = max(bottom + 70, lowest + 130)  # of the VAE's wire
+    swept: dict[str, Node] = {}
+    wires = {"sampler": ("select", "SAMPLER"), "loss": ("loss", "loss"), "vae": ("vae of guidance", "")}
+    if rates:
+        swept["rates"] = values((1130, 1060), rates, "Strengths")
+        wires["guidance_rate"] = ("rates", "value")
     nodes = {
         "note": explained(note, note_height),
         "model": model.loader,
-        "vae": Node("Reroute", (720, floor), (75, 26), {}, {"": ("model", "VAE")}),
-        "vae of guidance": Node("Reroute", (1380, floor), (75, 26), {}, {"": ("vae", "")}),
-        "vae of result": Node("Reroute", (2420, floor), (75, 26), {}, {"": ("vae of guidance", "")}),
+        **vae_bus(floor),
+        "vae below": reroute((1340, floor), ("vae", "")),
+        "vae of guidance": reroute((1440, bottom + 20), ("vae below", "")),
+        "vae of result": reroute((2490, floor), ("vae below", "")),
         **prompts(prompt, negative),
         **condition,
         # Guidance
         "select": Node("KSamplerSelect", (1130, 540), (300, 60), {"sampler_name": sampler}, title="Sampler"),
+        **swept,
         "dsg": Node(
             "SphereGuideDSG",
             (1520, 540),
             (300, 404),
             guidance(guidance_rate, **settings),
-            {"sampler": ("select", "SAMPLER"), "loss": ("loss", "loss"), "vae": ("vae of guidance", "")},
+            wires,
             "DSG Guidance",
         ),
         # Sampling
-        "schedule": schedule((1520, 250), steps),
-        "latent": model.latent((1520, 60)),
-        "sample": sampling((1900, 0), cfg, ("dsg", "sampler"), ("schedule", "SIGMAS"), "Sample"),
+        "models": reroute((1130, 0), ("model", "MODEL")),
+        "schedule": schedule((1520, 190), steps, model=("models", "")),
+        "latent": model.latent((1520, 335)),
+        "sample": sampling(
+            (1900, 0), cfg, {**SHARED, "sampler": ("dsg", "sampler"), "sigmas": ("schedule", "SIGMAS")}, "Sample"
+        ),
         # The result
         "report": Node(
             "SphereGuideReport",
             (2270, 680),
-            (270, 280),
+            (230, 280),
             {},
             {"samples": ("sample", "output"), "trace": ("dsg", "trace")},
             "Guidance Report",
         ),
         "decode": Node(
-            "VAEDecode", (2560, 540), (200, 60), {}, {"samples": ("report", "samples"), "vae": ("vae of result", "")}
+            "VAEDecode", (2640, 540), (200, 60), {}, {"samples": ("report", "samples"), "vae": ("vae of result", "")}
         ),
         "save": Node(
             "SaveImage",
-            (2830, 250),
+            (2910, 250),
             (300, 350),
             {"filename_prefix": f"sphereguide/{name}"},
             {"images": ("decode", "IMAGE")},
             "Guided picture",
         ),
         "curves": Node(
-            "PreviewImage", (2560, 680), (570, 280), {}, {"images": ("report", "report")}, "How guidance went"
+            "PreviewImage", (2640, 700), (570, 280), {}, {"images": ("report", "report")}, "How guidance went"
         ),
     }
     groups = [
-        Group("Model and prompt", (360, -80, 720, 530), "#3f789e"),
-        Group(what, (360, 460, 720, floor - 590), "#88A"),
-        Group("Guidance: the loss steers the sampler", (1110, 460, 730, 560), "#8A8"),
+        Group("Model and prompt", (300, -80, 780, 530), "#3f789e"),
+        Group(what, (left, 460, 1080 - left, lowest - 430), "#88A"),
+        Group("Guidance: the loss steers the sampler", (1110, 460, 730, bottom - 460), "#8A8"),
         Group("Sampling", (1500, -80, 720, 530), "#A88"),
-        Group("Result", (2250, 170, 900, 810), "#b06634"),
+        Group("Result", (2250, 170, 980, 830), "#b06634"),
     ]
     return Workflow(nodes, groups)
 
@@ -174,7 +201,7 @@ def restoration(
     if loss == "SphereGuideInpaintingLoss":
         measured["mask"] = ("degrade", "mask")
     condition = {
-        "picture": Node("LoadImage", (380, 540), (250, 340), {"image": PICTURE}, title="Original picture"),
+        "picture": Node("LoadImage", (320, 540), (250, 340), {"image": PICTURE}, title="Original picture"),
         "degrade": Node(
             "SphereGuideDegradeImage",
             (760, 540),
@@ -219,7 +246,7 @@ def enlarged(size: int) -> dict[str, Node]:
 
 def width_at(x: int) -> int:
     """Of a loader: in the first column the VAE's wire needs its room."""
-    return 250 if x == 380 else 300
+    return 250 if x == 320 else 300
 
 
 def open_clip(y: int = 540, x: int = 760, name: str = TOY) -> Node:
@@ -240,8 +267,8 @@ def text_loss(at: tuple[int, int], text: str) -> Node:
     return Node("SphereGuideCLIPTextLoss", at, (300, 350), widgets, {"open_clip_model": ("clip", "open_clip_model")})
 
 
-def picture_of(title: str, picture: str, y: int = 540) -> Node:
-    return Node("LoadImage", (380, y), (250, 340), {"image": picture}, title=title)
+def picture_of(title: str, picture: str, y: int = 540, x: int = 320) -> Node:
+    return Node("LoadImage", (x, y), (width_at(x), 340), {"image": picture}, title=title)
 
 
 def style_loss(at: tuple[int, int] = (1130, 640)) -> Node:
@@ -253,7 +280,7 @@ def style_loss(at: tuple[int, int] = (1130, 640)) -> Node:
 def by_style(picture: str = STYLE, name: str = TOY) -> dict[str, Node]:
     return {
         "style": picture_of("Picture of the style", picture),
-        "clip": open_clip(name=name),
+        "clip": open_clip(790, name=name),
         "loss": style_loss(),
     }
 
@@ -261,7 +288,7 @@ def by_style(picture: str = STYLE, name: str = TOY) -> dict[str, Node]:
 def by_text_and_style(picture: str, name: str, text: str) -> dict[str, Node]:
     """Both through one network; in y down to 1130."""
     return {
-        "clip": open_clip(540, 380, name),
+        "clip": open_clip(540, 320, name),
         "style": picture_of("Picture of the style", picture, 690),
         "text": text_loss((760, 540), text),
         "look": style_loss((760, 940)),
@@ -299,14 +326,14 @@ def rectangles(size: int, left: str, right: str, name: str) -> dict[str, Node]:
     whole = {"value": 0.0, "width": size, "height": size}
     part = {"value": 1.0, "width": size * 3 // 8, "height": size // 2}
     return {
-        "canvas": Node("SolidMask", (380, 540), (250, 110), whole, title="Nowhere"),
-        "rectangle": Node("SolidMask", (380, 700), (250, 110), part, title="Rectangle"),
-        "segmenter": segmentation_loader(880, 380, name),
-        "left": placed(4, 540),
+        "canvas": Node("SolidMask", (320, 700), (250, 110), whole, title="Nowhere"),
+        "rectangle": Node("SolidMask", (320, 890), (250, 110), part, title="Rectangle"),
+        "segmenter": segmentation_loader(540, 760, name),
+        "right": placed(36, 700),
+        "left": placed(4, 890),
         "target": Node(
-            "SphereGuideSegmentationTarget", (760, 730), (300, 80), {"class_name": left}, {"mask": ("left", "MASK")}
+            "SphereGuideSegmentationTarget", (760, 1080), (300, 80), {"class_name": left}, {"mask": ("left", "MASK")}
         ),
-        "right": placed(36, 860),
         "loss": segmentation_loss((1130, 640), right, mask=("right", "MASK"), target=("target", "target")),
     }
 
@@ -332,98 +359,46 @@ def face_loss(at: tuple[int, int], crop: str = "fixed box") -> Node:
     return Node("SphereGuideFaceIDLoss", at, (300, 310), widgets, wires)
 
 
-def sweep(name: str, condition: dict[str, Node], rates: tuple[float, ...], note: str) -> Workflow:
-    """One seed at each of the strengths, side by side. `condition` makes the node "loss", like that of `steered`."""
-    samplers, batches = {}, {}
-    last = len(rates) - 1
-    for i, rate in enumerate(rates):
-        samplers[f"sample {i}"] = Node(
-            "SphereGuideKSampler",
-            (1520 + 340 * i, 0),
-            (300, 632),
-            {
-                "seed": 7,
-                "steps": STEPS,
-                "cfg": 1.0,
-                "sampler_name": "euler_ancestral",
-                "scheduler": "normal",
-                "denoise": 1.0,
-                **guidance(rate),
-            },
-            {
-                "model": ("model", "MODEL"),
-                "positive": ("positive", "CONDITIONING"),
-                "negative": ("negative", "CONDITIONING"),
-                "latent_image": ("latent", "LATENT"),
-                "loss": ("loss", "loss"),
-                "vae": ("vae of guidance", ""),
-            },
-            f"Strength {rate:g}",
-        )
-        if i:
-            before = ("sample 0", "latent") if i == 1 else (f"batch {i - 1}", "LATENT")
-            wires = {"samples1": before, "samples2": (f"sample {i}", "latent")}
-            batches[f"batch {i}"] = Node("LatentBatch", (1520 + 340 * i, 780), (300, 60), {}, wires, "Together")
-    right = 1520 + 340 * len(rates)
-    nodes = {
-        "note": explained(note),
-        "model": TOYS.loader,
-        "vae": Node("Reroute", (720, 1040), (75, 26), {}, {"": ("model", "VAE")}),
-        "vae of guidance": Node("Reroute", (1430, 1040), (75, 26), {}, {"": ("vae", "")}),
-        "vae of result": Node("Reroute", (right - 100, 1040), (75, 26), {}, {"": ("vae of guidance", "")}),
-        **prompts(),
-        "latent": TOYS.latent((1130, 335)),
-        **condition,
-        **samplers,
-        **batches,
-        "decode": Node(
-            "VAEDecode",
-            (right, 780),
-            (200, 60),
-            {},
-            {"samples": (f"batch {last}", "LATENT"), "vae": ("vae of result", "")},
-        ),
-        "save": Node(
-            "SaveImage",
-            (right, 0),
-            (620, 632),
-            {"filename_prefix": f"sphereguide/{name}"},
-            {"images": ("decode", "IMAGE")},
-            "From no guidance to too much",
-        ),
-    }
-    groups = [
-        Group("Model and prompt", (360, -80, 1090, 530), "#3f789e"),
-        Group("What to steer by", (360, 460, 1090, 560), "#88A"),
-        Group("One seed at rising strength", (1500, -80, 340 * len(rates), 740), "#8A8"),
-        Group("Side by side", (1840, 700, 340 * len(rates) + 500, 170), "#b06634"),
-    ]
-    return Workflow(nodes, groups)
+def channel(x: int, **wires: Wire) -> dict[str, Node]:
+    """Wires that go on level, at the height of the sockets of a sampler at y = `SECOND`."""
+    return {f"{name} 2": reroute((x, SECOND + 28 * place), wire) for place, (name, wire) in enumerate(wires.items())}
+
+
+SECOND = 500
+"""Where the second of two samplers stands."""
+SHARED = {
+    "model": ("models", ""),
+    "positive": ("positive", "CONDITIONING"),
+    "negative": ("negative", "CONDITIONING"),
+}
 
 
 def calibration(note: str) -> dict[str, Node]:
-    """A model, its recipe of 10 Euler steps, and what Calibrate Epsilon Scaling finds for it; x up to 1490."""
+    """A model, its recipe of 10 Euler steps, and what Calibrate Epsilon Scaling finds for it; x up to 1880."""
     return {
         "note": explained(note),
         "model": TOYS.loader,
-        "real": Node(
-            "SphereGuideDrawToyPortraits", (380, 540), (250, 90), {"first": 0, "count": 32}, title="Real images"
-        ),
         **prompts(),
-        "encode": Node(
-            "VAEEncode", (760, 540), (200, 60), {}, {"pixels": ("real", "images"), "vae": ("model", "VAE")}, "Latents"
+        "models": reroute((1130, 0), ("model", "MODEL")),
+        "select": Node("KSamplerSelect", (1130, 700), (200, 60), {"sampler_name": "euler"}, title="Sampler"),
+        "schedule": replace(schedule((1130, 820), 10, model=("models", "")), size=(200, 110)),
+        **channel(1360, **SHARED),
+        **vae_bus(780),
+        "real": Node(
+            "SphereGuideDrawToyPortraits", (320, 1010), (250, 90), {"first": 0, "count": 32}, title="Real images"
         ),
-        "select": Node("KSamplerSelect", (1130, 0), (300, 60), {"sampler_name": "euler"}, title="Sampler"),
-        "schedule": schedule((1130, 130), 10),
+        "encode": Node(
+            "VAEEncode", (1130, 1010), (200, 60), {}, {"pixels": ("real", "images"), "vae": ("vae", "")}, "Latents"
+        ),
         "calibrate": Node(
             "SphereGuideEpsilonScalingCalibrate",
-            (1130, 540),
-            (360, 440),
+            (1520, 680),
+            (360, 460),
             {"cfg": 1.0, "samples": 32, "batch_size": 16, "calibration_seed": 0, "from_images": False},
             {
-                "model": ("model", "MODEL"),
-                "positive": ("positive", "CONDITIONING"),
-                "negative": ("negative", "CONDITIONING"),
+                "model": ("model 2", ""),
+                "positive": ("positive 2", ""),
+                "negative": ("negative 2", ""),
                 "sampler": ("select", "SAMPLER"),
                 "sigmas": ("schedule", "SIGMAS"),
                 "latents": ("encode", "LATENT"),
@@ -434,10 +409,10 @@ def calibration(note: str) -> dict[str, Node]:
 
 
 CALIBRATION = (
-    Group("Model and prompt", (360, -80, 720, 530), "#3f789e"),
-    Group("What real images look like", (360, 460, 720, 200), "#88A"),
-    Group("The recipe", (1110, -80, 400, 340), "#8A8"),
-    Group("What it needs", (1110, 460, 400, 540), "#b06634"),
+    Group("Model and prompt", (300, -80, 780, 530), "#3f789e"),
+    Group("What real images look like", (300, 930, 290, 190), "#88A"),
+    Group("The recipe", (1110, 620, 240, 470), "#8A8"),
+    Group("What it needs", (1500, 600, 400, 560), "#b06634"),
 )
 
 
@@ -445,135 +420,122 @@ def calibrate(name: str, note: str) -> Workflow:
     """The measurement alone, with its plot."""
     save = Node(
         "SaveImage",
-        (1600, 0),
+        (1980, 680),
         (1000, 420),
         {"filename_prefix": f"sphereguide/{name}"},
         {"images": ("calibrate", "curves")},
         "What was measured",
     )
-    groups = [*CALIBRATION, Group("Before and after", (1580, -80, 1040, 520), "#A88")]
+    groups = [*CALIBRATION, Group("Before and after", (1960, 600, 1040, 520), "#A88")]
     return Workflow({**calibration(note), "save": save}, groups)
 
 
-def sampling(at: tuple[int, int], cfg: float, sampler: Wire, sigmas: Wire, title: str) -> Node:
-    return Node(
-        "SamplerCustom",
-        at,
-        (300, 442),  # with the preview that the page puts into it
-        {"add_noise": True, "noise_seed": 7, "cfg": cfg},
-        {
-            "model": ("model", "MODEL"),
-            "positive": ("positive", "CONDITIONING"),
-            "negative": ("negative", "CONDITIONING"),
-            "sampler": sampler,
-            "sigmas": sigmas,
-            "latent_image": ("latent", "LATENT"),
-        },
-        title,
-    )
+def sampling(at: tuple[int, int], cfg: float, wires: dict[str, Wire], title: str) -> Node:
+    """`wires` bring model, positive, negative, sampler and sigmas, and may bring the latent."""
+    widgets = {"add_noise": True, "noise_seed": 7, "cfg": cfg}
+    # with the preview that the page puts into it
+    return Node("SamplerCustom", at, (300, 442), widgets, {"latent_image": ("latent", "LATENT"), **wires}, title)
 
 
-def compared(name: str, runs: dict[str, tuple[Wire, Wire]], title: str, cfg: float = 1.0) -> dict[str, Node]:
-    """The same seeds through three (sampler, sigmas), from x = 1980 on, and their pictures in one batch."""
-    nodes = {
-        f"sample {place}": sampling((1980 + 340 * place, 0), cfg, *wires, title)
-        for place, (title, wires) in enumerate(runs.items())
+def row(
+    name: str, key: str, at: tuple[int, int], cfg: float, wires: dict[str, Wire], titles: tuple[str, str]
+) -> dict[str, Node]:
+    """A sampler, and on its right what it draws."""
+    x, y = at
+    wires_of_decode = {"samples": (f"sample {key}", "output"), "vae": ("vae of result", "")}
+    pictures = {"images": (f"decode {key}", "IMAGE")}
+    return {
+        f"sample {key}": sampling(at, cfg, wires, titles[0]),
+        f"decode {key}": Node("VAEDecode", (x + 410, y), (180, 60), {}, wires_of_decode),
+        f"save {key}": Node(
+            "SaveImage", (x + 660, y), (620, 440), {"filename_prefix": f"sphereguide/{name}"}, pictures, titles[1]
+        ),
     }
-    for place in (1, 2):
-        before = ("sample 0", "output") if place == 1 else ("batch 1", "LATENT")
-        nodes[f"batch {place}"] = Node(
-            "LatentBatch",
-            (1980 + 340 * place, 560),
-            (300, 60),
-            {},
-            {"samples1": before, "samples2": (f"sample {place}", "output")},
-            "Together",
-        )
-    nodes["decode"] = Node(
-        "VAEDecode", (3020, 560), (200, 60), {}, {"samples": ("batch 2", "LATENT"), "vae": ("vae of result", "")}
-    )
-    nodes["save"] = Node(
-        "SaveImage",
-        (3280, 0),
-        (640, 560),
-        {"filename_prefix": f"sphereguide/{name}"},
-        {"images": ("decode", "IMAGE")},
-        title,
-    )
-    return nodes
 
 
-COMPARED = (
-    Group("The same seeds", (1960, -80, 1020, 540), "#8A8"),
-    Group("Side by side", (3000, -80, 940, 720), "#A88"),
-)
-
-
-def correction(at: tuple[int, int], b: float, title: str, **settings: Any) -> Node:
-    """Epsilon Scaling of the sampler "select"; `settings` bring another schedule, or the wire of one."""
-    widgets = {"schedule": settings.pop("schedule", "uniform"), "b": b, "k": 0.0}
+def correction(at: tuple[int, int], title: str, sampler: Wire = ("select", "SAMPLER"), **wires: Wire) -> Node:
+    """Epsilon Scaling: uniform, or measured where a schedule is among `wires`."""
+    measured = "epsilon_schedule" in wires
+    widgets = {"schedule": "measured" if measured else "uniform", "b": 1.0, "k": 0.0}
     widgets |= {"start_percent": 0.0, "end_percent": 1.0}
-    wires = {"sampler": ("select", "SAMPLER"), **settings}
-    return Node("SphereGuideEpsilonScaling", at, (300, 210), widgets, wires, title)
+    return Node("SphereGuideEpsilonScaling", at, (300, 230), widgets, {"sampler": sampler, **wires}, title)
+
+
+def values(at: tuple[int, int], numbers: str, title: str) -> Node:
+    return Node("SphereGuideSweep", at, (300, 60), {"values": numbers}, title=title)
 
 
 def corrected(name: str, model: Model, prompt: tuple[str, str], cfg: float, batch_size: int, note: str) -> Workflow:
-    """The same seeds without correction and with two uniform ones."""
+    """The same seeds with b of 1, which is off, and two above."""
     nodes = {
         "note": explained(note, 760),
         "model": model.loader,
         **prompts(*prompt),
-        "select": Node("KSamplerSelect", (1130, 640), (300, 60), {"sampler_name": "euler"}, title="Sampler"),
-        "schedule": schedule((1130, 0), STEPS),
-        "vae": Node("Reroute", (720, 1080), (75, 26), {}, {"": ("model", "VAE")}),
-        "vae of result": Node("Reroute", (2700, 1080), (75, 26), {}, {"": ("vae", "")}),
-        "latent": model.latent((1130, 440), batch_size),
-        "little": correction((1540, 510), 1.005, "A little"),
-        "more": correction((1540, 790), 1.015, "More"),
+        "models": reroute((1130, 0), ("model", "MODEL")),
+        "schedule": schedule((1520, 190), STEPS, model=("models", "")),
+        "latent": model.latent((1520, 335), batch_size),
+        **vae_bus(900),
+        "vae of result": reroute((2170, 900), ("vae", "")),
+        "select": Node("KSamplerSelect", (1130, 540), (300, 60), {"sampler_name": "euler"}, title="Sampler"),
+        "b": values((1130, 680), "1, 1.005, 1.015", "Values of b"),
+        "correction": correction((1520, 540), "Epsilon Scaling", b=("b", "value")),
+        **row(
+            name,
+            "each",
+            (1900, 0),
+            cfg,
+            {**SHARED, "sampler": ("correction", "sampler"), "sigmas": ("schedule", "SIGMAS")},
+            ("Sample", "Off, a little, more"),
+        ),
     }
-    steps = ("schedule", "SIGMAS")
-    runs = {
-        "Off": (("select", "SAMPLER"), steps),
-        "A little": (("little", "sampler"), steps),
-        "More": (("more", "sampler"), steps),
-    }
-    nodes |= compared(name, runs, "Off, a little, more", cfg)
     groups = [
-        Group("Model and prompt", (360, -80, 720, 530), "#3f789e"),
-        Group("The recipe", (1110, -80, 340, 800), "#8A8"),
-        Group("Correction", (1520, 430, 340, 590), "#b58b2a"),
-        *COMPARED,
+        Group("Model and prompt", (300, -80, 780, 530), "#3f789e"),
+        Group("Correction", (1110, 460, 730, 330), "#b58b2a"),
+        Group("Sampling", (1500, -80, 720, 530), "#8A8"),
+        Group("Side by side", (2260, -80, 940, 540), "#A88"),
     ]
     return Workflow(nodes, groups)
 
 
-def side_by_side(name: str, b: float, note: str) -> Workflow:
-    """The same seeds without correction, with a uniform one, and with what the calibration found."""
+def side_by_side(name: str, b: str, note: str) -> Workflow:
+    """The same seeds with several uniform corrections, and with what the calibration found."""
+    shared = {**SHARED, "sigmas": ("schedule", "SIGMAS"), "sampler": ("select", "SAMPLER")}
     nodes = {
         **calibration(note),
-        "vae": Node("Reroute", (720, 1040), (75, 26), {}, {"": ("model", "VAE")}),
-        "vae of result": Node("Reroute", (2700, 1040), (75, 26), {}, {"": ("vae", "")}),
-        "latent": TOYS.latent((1600, 0), batch_size=4),
-        "uniform": correction((1600, 240), b, "Uniform"),
+        **channel(1360, **shared),
+        "sigmas up": reroute((2290, 440), ("sigmas 2", "")),
+        "sampler 3": reroute((1890, 612), ("sampler 2", "")),
+        "b": values((1520, 225), b, "Values of b"),
+        "uniform": correction((1980, 190), "Uniform", ("sampler 2", ""), b=("b", "value")),
         "measured": correction(
-            (1600, 540),
+            (1980, 680), "Calibrated", ("sampler 3", ""), epsilon_schedule=("calibrate", "epsilon_schedule")
+        ),
+        "latent": TOYS.latent((2080, 1010), batch_size=4),
+        "vae below": reroute((800, 1240), ("vae", "")),
+        "vae of result": reroute((2770, 1240), ("vae below", "")),
+        **row(
+            name,
+            "uniform",
+            (2460, 0),
             1.0,
-            "Calibrated",
-            schedule="measured",
-            epsilon_schedule=("calibrate", "epsilon_schedule"),
+            {**SHARED, "sampler": ("uniform", "sampler"), "sigmas": ("sigmas up", "")},
+            ("Sample", "Without, and uniform"),
+        ),
+        **row(
+            name,
+            "measured",
+            (2460, SECOND),
+            1.0,
+            {**{key: (f"{key} 2", "") for key in (*SHARED, "sigmas")}, "sampler": ("measured", "sampler")},
+            ("Sample", "Calibrated"),
         ),
     }
-    steps = ("schedule", "SIGMAS")
-    off, uniform, measured = ("select", "SAMPLER"), ("uniform", "sampler"), ("measured", "sampler")
-    runs = {"Off": (off, steps), "Uniform": (uniform, steps), "Calibrated": (measured, steps)}
-    nodes |= compared(name, runs, "Off, uniform, calibrated: four of each")
-    nodes["curves"] = Node(
-        "PreviewImage", (1980, 720), (640, 280), {}, {"images": ("calibrate", "curves")}, "What was measured"
-    )
     groups = [
         *CALIBRATION,
-        Group("Correction", (1580, 160, 340, 620), "#b58b2a"),
-        *COMPARED,
+        Group("The same at each step", (1500, 110, 800, 330), "#b58b2a"),
+        Group("What was found", (1960, 642, 340, 290), "#b58b2a"),
+        Group("The same seeds", (2440, -80, 340, 1040), "#8A8"),
+        Group("Side by side", (2820, -80, 940, 1040), "#A88"),
     ]
     return Workflow(nodes, groups)
 
@@ -589,52 +551,59 @@ def few_calls(
     note_height: int = 560,
 ) -> Workflow:
     """A learned solver of six model calls beside a stock one of as many, and of fifty."""
-    of = ("model", "MODEL")
     count = {1: "one", 2: "two", 4: "four"}[batch_size]
+    stock = schedule((1520, 920), 6, "Stock steps", "sgm_uniform")
     nodes = {
         "note": explained(note, note_height),
         "model": model.loader,
         **prompts(*prompt),
-        "latent": model.latent((1130, 0), batch_size),
-        "load": Node(
-            "SphereGuideAMEDLoad",
-            (1130, 240),
-            (300, 90),
-            {"name": predictor},
-            title="Predictor",
-        ),
+        "models": reroute((1130, 0), ("model", "MODEL")),
+        **channel(1360, **SHARED),
+        "load": Node("SphereGuideAMEDLoad", (760, 540), (300, 90), {"name": predictor}, title="Predictor"),
+        "amed": Node("SphereGuideAMEDSampler", (1520, 190), (300, 60), {}, {"predictor": ("load", "predictor")}),
         "amed sigmas": Node(
             "SphereGuideAMEDScheduler",
-            (1580, 0),
+            (1520, 310),
             (300, 130),
             {"points": "base"},
-            {"predictor": ("load", "predictor"), "model": of},
+            {"predictor": ("load", "predictor"), "model": ("models", "")},
             "Its steps",
         ),
-        "amed": Node("SphereGuideAMEDSampler", (1580, 240), (300, 60), {}, {"predictor": ("load", "predictor")}),
-        "select": Node("KSamplerSelect", (1580, 480), (300, 60), {"sampler_name": "dpmpp_2m"}, title="Stock sampler"),
-        "model of stock": Node("Reroute", (720, 600), (75, 26), {}, {"": of}),
-        "six": schedule((1580, 620), 6, "Six steps", "sgm_uniform", ("model of stock", "")),
-        "fifty": schedule((1580, 800), 50, "Fifty steps", "karras", ("model of stock", "")),
-        "vae": Node("Reroute", (720, 1040), (75, 26), {}, {"": ("model", "VAE")}),
-        "vae of result": Node("Reroute", (2700, 1040), (75, 26), {}, {"": ("vae", "")}),
-        **compared(
+        "latent": model.latent((1520, 620), batch_size),
+        "steps": values((760, 840), "6, 50", "Numbers of steps"),
+        "select": Node("KSamplerSelect", (1520, 820), (300, 60), {"sampler_name": "dpmpp_2m"}, title="Stock sampler"),
+        "stock": replace(stock, wires={"model": ("model 2", ""), "steps": ("steps", "whole")}),
+        **vae_bus(1140),
+        "vae of result": reroute((2210, 1140), ("vae", "")),
+        **row(
             name,
-            {
-                "AMED, 6 calls": (("amed", "sampler"), ("amed sigmas", "sigmas")),
-                "Stock, 6 calls": (("select", "SAMPLER"), ("six", "SIGMAS")),
-                "Stock, 50 calls": (("select", "SAMPLER"), ("fifty", "SIGMAS")),
-            },
-            f"AMED with 6 calls, stock with 6, stock with 50: {count} of each",
+            "amed",
+            (1900, 0),
             cfg,
+            {**SHARED, "sampler": ("amed", "sampler"), "sigmas": ("amed sigmas", "sigmas")},
+            ("Learned solver", f"AMED with 6 calls, {count} pictures"),
+        ),
+        **row(
+            name,
+            "stock",
+            (1900, SECOND),
+            cfg,
+            {
+                **{key: (f"{key} 2", "") for key in SHARED},
+                "sampler": ("select", "SAMPLER"),
+                "sigmas": ("stock", "SIGMAS"),
+            },
+            ("Stock sampler", f"Stock with 6 calls, then with 50, {count} each"),
         ),
     }
     groups = [
-        Group("Model and prompt", (360, -80, 720, 530), "#3f789e"),
-        Group("What was learnt", (1110, -80, 360, 430), "#b06634"),
-        Group("Learned solver", (1560, -80, 340, 400), "#b58b2a"),
-        Group("Stock sampler", (1560, 400, 340, 530), "#88A"),
-        *COMPARED,
+        Group("Model and prompt", (300, -80, 780, 530), "#3f789e"),
+        Group("What was learnt", (740, 460, 340, 190), "#b06634"),
+        Group("Six calls, and fifty", (740, 760, 340, 160), "#88A"),
+        Group("Learned solver", (1500, 110, 340, 350), "#b58b2a"),
+        Group("Stock sampler", (1500, 740, 340, 310), "#88A"),
+        Group("The same seeds", (1880, -80, 340, 1040), "#8A8"),
+        Group("Side by side", (2260, -80, 940, 1040), "#A88"),
     ]
     return Workflow(nodes, groups)
 
@@ -652,7 +621,7 @@ def taught(
 ) -> Workflow:
     """Trains a predictor, saves it, and draws with it.
 
-    `texts` has the nodes "positive" and "negative", in x up to 1060 + `wider`; the training takes `prompt`. `drawn` is
+    `texts` has the nodes "positive" and "negative", in x up to 980 + `wider`; the training takes `prompt`. `drawn` is
     the number of pictures, and `settings` are those of the training.
     """
     training = {
@@ -677,60 +646,75 @@ def taught(
         "checkpointing": False,
         **settings,
     }
+    x = 1130 + wider
     nodes = {
         "note": explained(note),
         "model": model.loader,
         **texts,
-        "latent": model.latent((1130 + wider, 0), drawn),
+        "latent": model.latent((1115 if wider else 760, 620), drawn),
+        "latent 2": reroute((1420 if wider else 1140, 250 if wider else 400), ("latent", "LATENT")),
+        "models": reroute((x - 100, 0), ("model", "MODEL")),
         "train": Node(
             "SphereGuideAMEDTrain",
-            (1130 + wider, 240),
+            (x, 500),
             (360, 720),
             training,
             {
-                "model": ("model", "MODEL"),
+                "model": ("models", ""),
                 "positive": prompt,
                 "negative": ("negative", "CONDITIONING"),
                 "latent": ("latent", "LATENT"),
             },
         ),
-        "keep": Node(
-            "SphereGuideAMEDSave", (1600 + wider, 0), (300, 60), {"name": called}, {"predictor": ("train", "predictor")}
-        ),
-        "curves": Node(
-            "PreviewImage", (1600 + wider, 560), (640, 300), {}, {"images": ("train", "curves")}, "How it learnt"
-        ),
+        "amed": Node("SphereGuideAMEDSampler", (x + 470, 330), (300, 60), {}, {"predictor": ("train", "predictor")}),
         "sigmas": Node(
             "SphereGuideAMEDScheduler",
-            (1600 + wider, 190),
+            (x + 470, 450),
             (300, 130),
             {"points": "base"},
-            {"predictor": ("train", "predictor"), "model": ("model", "MODEL")},
+            {"predictor": ("train", "predictor"), "model": ("models", "")},
             "Its steps",
         ),
-        "amed": Node(
-            "SphereGuideAMEDSampler", (1600 + wider, 400), (300, 60), {}, {"predictor": ("train", "predictor")}
+        "keep": Node(
+            "SphereGuideAMEDSave", (x + 470, 680), (300, 60), {"name": called}, {"predictor": ("train", "predictor")}
         ),
+        "curves": Node(
+            "PreviewImage", (x + 470, 800), (640, 420), {}, {"images": ("train", "curves")}, "How it learnt"
+        ),
+        **vae_bus(1280, (640,)),
+        "vae of result": reroute((x + 1100, 1280), ("vae", "")),
         "sample": sampling(
-            (1960 + wider, 0), training["cfg"], ("amed", "sampler"), ("sigmas", "sigmas"), "Few model calls"
+            (x + 830, 0),
+            training["cfg"],
+            {
+                **SHARED,
+                "sampler": ("amed", "sampler"),
+                "sigmas": ("sigmas", "sigmas"),
+                "latent_image": ("latent 2", ""),
+            },
+            "Few model calls",
         ),
         "decode": Node(
-            "VAEDecode", (2320 + wider, 0), (200, 60), {}, {"samples": ("sample", "output"), "vae": ("model", "VAE")}
+            "VAEDecode",
+            (x + 1190, 500),
+            (200, 60),
+            {},
+            {"samples": ("sample", "output"), "vae": ("vae of result", "")},
         ),
         "save": Node(
             "SaveImage",
-            (2580 + wider, 0),
-            (500, 500),
+            (x + 1460, 0),
+            (500, 560),
             {"filename_prefix": f"sphereguide/{name}"},
             {"images": ("decode", "IMAGE")},
             "Drawn with it",
         ),
     }
     groups = [
-        Group("Model and prompt", (360, -80, 720 + wider, 1060), "#3f789e"),
-        Group("Learning", (1110 + wider, -80, 400, 1060), "#b06634"),
-        Group("What was learnt", (1580 + wider, -80, 340, 560), "#b58b2a"),
-        Group("In use", (1940 + wider, -80, 1160, 600), "#8A8"),
+        Group("Model and prompt", (300, -80, x - 330, 830), "#3f789e"),
+        Group("Learning", (x - 20, 430, 400, 810), "#b06634"),
+        Group("What was learnt", (x + 450, 250, 340, 510), "#b58b2a"),
+        Group("In use", (x + 810, -80, 1170, 660), "#8A8"),
     ]
     return Workflow(nodes, groups)
 
@@ -740,7 +724,7 @@ def taking_turns(*texts: str, negative: str) -> dict[str, Node]:
 
     def encoder(text: str, row: int, title: str) -> Node:
         return Node(
-            "CLIPTextEncode", (760, 180 + 155 * row), (300, 100), {"text": text}, {"clip": ("model", "CLIP")}, title
+            "CLIPTextEncode", (760, 80 + 145 * row), (300, 100), {"text": text}, {"clip": ("model", "CLIP")}, title
         )
 
     keys = ["positive", *(f"prompt {number}" for number in range(2, len(texts) + 1))]
@@ -753,7 +737,7 @@ def taking_turns(*texts: str, negative: str) -> dict[str, Node]:
         together = "all" if key == keys[-1] else f"and {key}"
         nodes[together] = Node(
             "ConditioningCombine",
-            (1130, 260 + 155 * row),
+            (1130, 160 + 145 * row),
             (250, 60),
             {},
             {"conditioning_1": (before, "CONDITIONING"), "conditioning_2": (key, "CONDITIONING")},

@@ -22,7 +22,6 @@ from layouts import (
     segmentation_loss,
     side_by_side,
     steered,
-    sweep,
     taught,
     text_loss,
 )
@@ -120,7 +119,7 @@ Queue, then change the text. Parts of it are joined by | and weighed: red hair |
     "toy_segmentation": steered(
         "segmentation",
         {
-            "map": picture_of("Map of colours", MAP),
+            "map": picture_of("Map of colours", MAP, 700, 760),
             "segmenter": segmentation_loader(),
             "loss": segmentation_loss((1130, 640)),
         },
@@ -162,7 +161,11 @@ The two don't know of each other: guidance adds to any workflow that samples.
     ),
     "toy_faceid": steered(
         "faceid",
-        {"face": picture_of("Reference face", PICTURE), "encoder": face_loader(), "loss": face_loss((1130, 640))},
+        {
+            "face": picture_of("Reference face", PICTURE, 690, 760),
+            "encoder": face_loader(),
+            "loss": face_loss((1130, 640)),
+        },
         "A face",
         """
 FaceID Loss asks a face recognition network how far the face of each estimate is from that of a reference, and DSG
@@ -174,31 +177,35 @@ For photos set crop to detect, which finds the face by itself. Cartoons have the
         + STEERING,
         guidance_rate=0.3,
     ),
-    "toy_strength_sweep": sweep(
+    "toy_strength_sweep": steered(
         "strength_sweep",
         {
             "clip": open_clip(),
             "loss": text_loss((1130, 640), "a person with red hair, yellow clothes, teal background"),
         },
-        (0.0, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0),
+        "The network that judges",
         """
-The same seed seven times, with guidance_rate from 0 to 1: no guidance on the left, and on the right more than the
+The same seed seven times, with guidance_rate from 0 to 1: no guidance first, and last more than the
 picture can bear. Here all that the text says is there at 0.3, and at 0.5 the face falls apart. Where that is depends on
 the loss, the model, the seed and the number of steps, so sweep once for each of your recipes, and then work below it.
 
+Queue: it takes as long as seven pictures.
+
 Turn these:
-- the guidance_rate of each KSampler, to look more closely at a range.
+- values (Strengths): closer together, to look closely at a range.
 - the loss: put any other in its place.
-- seed: the same number in all of them.""",
+- Strengths can go into any other setting too. Right-click the node that has it, and convert the widget to an input.""",
+        guidance_rate=0.2,
+        rates="0, 0.1, 0.2, 0.3, 0.5, 0.75, 1",
     ),
     "toy_combined": steered(
         "combined",
         {
-            "clip": open_clip(540, 380),
+            "clip": open_clip(540, 320),
             "face": picture_of("Reference face", PICTURE, 1070),
-            "encoder": face_loader(940, 380),
+            "encoder": face_loader(940, 320),
             "map": picture_of("Map of colours", MAP, 1590),
-            "segmenter": segmentation_loader(1450, 380),
+            "segmenter": segmentation_loader(1450, 320),
             "text": text_loss((760, 540), "a person with blue hair, orange background"),
             "identity": face_loss((760, 940)),
             "layout": segmentation_loss((760, 1450)),
@@ -212,11 +219,10 @@ each its weight; with normalise on, equal weights pull equally, whatever numbers
         + drop((PICTURE, "Reference face"), (MAP, "Map of colours"))
         + STEERING,
         guidance_rate=0.2,
-        floor=2070,
     ),
     "toy_epsilon_scaling": side_by_side(
         "epsilon_scaling",
-        1.05,
+        "1, 1.05",
         """
 With few steps a sampler loses detail. Epsilon Scaling divides the noise that the model predicts by a number close to 1,
 and gives it back. Here: four portraits of ten Euler steps without it, with the same number at each step (b), and with
@@ -225,9 +231,9 @@ what Calibrate Epsilon Scaling finds.
 Queue: it measures first, for about a minute.
 
 Turn these:
-- b (Uniform): above 1 gives detail, then grain; below 1 smooths.
+- values (Values of b): above 1 gives detail, then grain; below 1 smooths; 1 is off.
 - steps (Steps), sampler_name (Sampler): each recipe needs a correction of its own. More steps need less.
-- noise_seed in all three: other portraits.""",
+- noise_seed in both: other portraits.""",
     ),
     "toy_amed_sample": few_calls(
         "amed_sample",
@@ -238,15 +244,16 @@ Turn these:
         4,
         """
 A sampler of few steps goes wrong since it asks the model at the wrong times. AMED has learnt, for this model, where
-to ask. Here: four portraits of six model calls with a learned solver, of six with a stock sampler, and of fifty with
-it. The first row should look like the last.
+to ask. Here: four portraits of six model calls with a learned solver; below, of six with a stock sampler, and of fifty
+with it. The first four should look like the last four.
 
 Queue.
 
 Turn these:
-- name (Predictor): toy_portraits_ipndm_4 and _8 make four and eight calls. Give Six steps as many.
+- name (Predictor): toy_portraits_ipndm_4 and _8 make four and eight calls. Put as many in place of the 6
+  (Numbers of steps).
 - sampler_name and scheduler (Stock sampler): is there one that does as well?
-- noise_seed in all three: other portraits.
+- noise_seed in both: other portraits.
 - points (Its steps): expanded, with euler in place of AMED Sampler, is the same schedule for stock samplers.""",
     ),
     "toy_amed_train": taught(
