@@ -63,7 +63,7 @@ async function main(url, file) {
     const said = (type) =>
       window.app.graph._nodes
         .find((node) => node.type === type)
-        .widgets?.find((widget) => ["summary", "verdict"].includes(widget.name))?.value;
+        .widgets?.find((widget) => ["summary", "verdict", "said"].includes(widget.name))?.value;
     seen.said = await (await page.waitForFunction(said, process.env.SAYS, { timeout: 120000 })).jsonValue();
     seen.later = await promptOf(page);
   }

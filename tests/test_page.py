@@ -64,7 +64,7 @@ def read(name: str, steps: int) -> tuple[dict, dict]:
     workflow = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
     twin = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
     for key, node in twin.items():
-        if "steps" in node["inputs"]:
+        if isinstance(node["inputs"].get("steps"), int) and node["class_type"] != "SphereGuideAMEDTrain":
             (drawn,) = (one for one in workflow["nodes"] if str(one["id"]) == key)
             drawn["widgets_values"][drawn["widgets_values"].index(node["inputs"]["steps"])] = steps
             node["inputs"]["steps"] = steps
@@ -102,6 +102,26 @@ def test_the_sweep_dropped_on_the_page_is_its_api_twin(comfy_server: ComfyServer
     earlier = comfy_server.get_json("/history").keys()
     assert asked(dropped(comfy_server, workflow, tmp_path)["prompt"]) == asked(twin)
     assert len(finished(comfy_server, earlier)["outputs"][node_of(twin, "SaveImage")]["images"]) == 7
+
+
+def test_a_training_says_on_its_node_what_came_of_it(comfy_server: ComfyServer, tmp_path: Path) -> None:
+    workflow, twin = read("toy_amed_train", steps=0)
+    key = node_of(twin, "SphereGuideAMEDTrain")
+    (node,) = (node for node in workflow["nodes"] if str(node["id"]) == key)
+    small = {"steps": 1, "trajectories": 4, "epochs": 1, "batch_size": 4, "name": "tests/page"}
+    for name, value in small.items():
+        node["widgets_values"][list(twin[key]["inputs"]).index(name)] = value
+    twin[key]["inputs"] |= small
+    seen = dropped(comfy_server, workflow, tmp_path, SAYS="SphereGuideAMEDTrain")
+    assert asked(seen["prompt"]) == asked(twin)
+    assert seen["said"].startswith("ipndm with 2 model calls comes out ")
+
+
+def test_the_scheduler_of_a_predictor_says_for_what_it_is(comfy_server: ComfyServer, tmp_path: Path) -> None:
+    workflow, twin = read("toy_amed_sample", steps=0)
+    seen = dropped(comfy_server, workflow, tmp_path, SAYS="SphereGuideAMEDScheduler")
+    assert asked(seen["prompt"]) == asked(twin)
+    assert seen["said"].startswith("ipndm, 6 model calls") and "It was trained for this model." in seen["said"]
 
 
 @pytest.mark.parametrize("name", ["sd15_text_style", "sdxl_segmentation", "sdxl_amed_train", "sd3_super_resolution"])

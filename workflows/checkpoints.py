@@ -322,8 +322,8 @@ Turn these:
 - noise_seed in both: other pictures.
 - values (Numbers of steps): what the stock sampler gets.
 
-Expect: the upper pictures should look more like the last of the lower than the first of these do. If they don't, the predictor is no good:
-train it longer, with more trajectories.""",
+Expect: the upper pictures should look more like the last of the lower than the first of these do. If they don't, the
+predictor is no good: train it longer, with more trajectories.""",
             760,
         ),
     }
