@@ -33,6 +33,7 @@ __all__ = [
     "fitted",
     "guider",
     "kept_activations",
+    "latent_dimensions",
     "networks",
     "noise_source",
     "previewer",
@@ -324,6 +325,11 @@ def fitted(model: Any, latent: dict[str, Any]) -> Tensor:
     fix = comfy.sample.fix_empty_latent_channels
     given = [latent.get(name) for name in _RATIOS] if len(inspect.signature(fix).parameters) > 2 else []
     return fix(model, latent["samples"], *given)
+
+
+def latent_dimensions(model: Any) -> int:
+    """Of the latents of a MODEL, beside batch and channels: 2 for images, 3 for videos."""
+    return getattr(model.model.latent_format, "latent_dimensions", 2)
 
 
 def previewer(model: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .network import load_weights, managed, needs
+from .network import load_weights, managed, needs, shortened
 from .pretrained import (
     IMAGENET,
     ImageNetwork,
@@ -150,8 +150,8 @@ def load(path: Path, architecture: str, title: str) -> LoadedNetwork:
         network = _from_transformers(path, title)
     if len(network.labels) < 2 and not network.multi_label:
         raise ValueError(
-            f"{title}: {path} has {len(network.labels)} classes, and there is nothing to tell apart. Load a network of "
-            "two classes or more."
+            f"{title}: {path} tells no classes apart, it has {len(network.labels)}. Load a network of two classes or "
+            "more."
         )
     return LoadedNetwork(managed(network))
 
@@ -220,10 +220,10 @@ def _noise_aware(folder: Path, config: dict[str, Any], title: str) -> NoisyLaten
     try:
         with torch.random.fork_rng(devices=[]):
             network = NoisyLatentClassifier(**settings)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{title}: the settings in {folder / 'config.json'} make no classifier. Get the folder again from where it "
-            f"comes. ({error})"
+            f"comes. ({shortened(error)})"
         ) from error
     path = folder / "model.safetensors"
     return fill(network, load_weights(path, title), path, NoisyLatentClassifier.__name__, title)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .network import choices, load_weights, managed, models_folder, needs, path_of
+from .network import choices, load_weights, managed, models_folder, needs, path_of, shortened
 
 __all__ = ["ImageTower", "OpenCLIP", "TextTower", "entries", "load"]
 
@@ -248,7 +248,8 @@ def load(entry: str, dtype: torch.dtype = torch.float32) -> OpenCLIP:
     except (TypeError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
         raise ValueError(
             f"{TITLE}: the configuration of '{name}' is none that open_clip {open_clip.__version__} can build. Check "
-            f"{CONFIG}, or update it:  pip install --upgrade open-clip-torch  ({type(error).__name__}: {error})"
+            f"{CONFIG}, or update it:  pip install --upgrade open-clip-torch  ({type(error).__name__}: "
+            f"{shortened(error)})"
         ) from error
     _fill(open_clip, model, source.weights)
 
@@ -287,7 +288,7 @@ def _source(open_clip: ModuleType, name: str, download: bool) -> _Source:
         except Exception as error:
             raise FileNotFoundError(
                 f"{TITLE}: '{name}' could not be downloaded. Put the files of {places} into "
-                f"{_root() / name.replace(':', '-')} instead. ({error})"
+                f"{_root() / name.replace(':', '-')} instead. ({shortened(error)})"
             ) from error
     model_cfg = open_clip.get_model_config(name.partition(":")[0])
     # The weights decide the activation: ViT-B-32 is there with either, and the wrong one only makes it worse.
@@ -319,7 +320,7 @@ def _local_source(choice: str) -> _Source:
         missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in model_cfg]
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"{TITLE}: {config} can't be read, it may be a broken download. Get it again. ({error})"
+            f"{TITLE}: {config} can't be read, it may be a broken download. Get it again. ({shortened(error)})"
         ) from error
     if missing:
         raise ValueError(
@@ -333,7 +334,7 @@ def _local_source(choice: str) -> _Source:
             f"{TITLE}: there are no weights in {folder}. Put the model's open_clip_model.safetensors (or "
             "open_clip_pytorch_model.bin) there, from where its configuration comes."
         )
-    return _Source(model_cfg, content.get("preprocess_cfg", {}), weights[0], folder)
+    return _Source(model_cfg, content.get("preprocess_cfg") or {}, weights[0], folder)
 
 
 def _root() -> Path:
@@ -373,7 +374,7 @@ def _tokenizer(open_clip: ModuleType, source: _Source, download: bool) -> tuple[
     except Exception as error:
         raise ValueError(
             f"{TITLE}: the tokenizer in {folder} can't be read. Get its files again from "
-            f"https://huggingface.co/{name}. ({type(error).__name__}: {error})"
+            f"https://huggingface.co/{name}. ({type(error).__name__}: {shortened(error)})"
         ) from error
     return tokenizer, context_length
 
@@ -387,7 +388,7 @@ def _small_files(repository: str, files: tuple[str, ...], download: bool, folder
         try:
             cached = Path(snapshot_download(repository, allow_patterns=SMALL_FILES, local_files_only=local))
         except Exception as error:
-            problem = f" ({error})" if not local else ""
+            problem = f" ({shortened(error)})" if not local else ""
             continue
         if any((cached / file).is_file() for file in files):
             return cached
@@ -416,5 +417,5 @@ def _fill(open_clip: ModuleType, model: nn.Module, weights: Path) -> None:
     except (RuntimeError, KeyError, ValueError, StopIteration) as error:
         raise ValueError(
             f"{TITLE}: the weights in {weights} are not those of the architecture that its name or {CONFIG} tells. "
-            f"Correct the name, or get both files from one place. ({str(error)[:500]})"
+            f"Correct the name, or get both files from one place. ({shortened(error)})"
         ) from error

@@ -22,7 +22,7 @@ OWN = Path(__file__).resolve().parent.parent / "demo" / "weights"
 
 PUT = "Put it there and press R in ComfyUI, or choose another."
 
-__all__ = ["choices", "load_weights", "managed", "models_folder", "needs", "path_of"]
+__all__ = ["choices", "load_weights", "managed", "models_folder", "needs", "path_of", "shortened"]
 
 
 def managed(module: nn.Module) -> Any:
@@ -67,11 +67,16 @@ def path_of(name: str, choice: str, title: str, advice: str = PUT) -> Path:
     Raises FileNotFoundError, for the node of that title, if it is gone, with `advice` where to get it, and ValueError
     for one outside of the folder.
     """
+    choice = choice.encode(errors="replace").decode()  # half a character stops the host that reports it
     for root in map(Path, folder_paths.get_folder_paths(name)):
-        path = (root / choice).resolve()
+        try:
+            path = (root / choice).resolve()
+            exists = path.exists()
+        except (OSError, ValueError):  # a name that no file can have, out of a program's prompt
+            break
         if root.resolve() not in path.parents:
             raise ValueError(f"{title}: '{choice}' lies outside of models/{name}. Put it there, and choose it again.")
-        if path.exists():
+        if exists:
             return path
     places = ", ".join(folder_paths.get_folder_paths(name))
     raise FileNotFoundError(f"{title}: '{choice}' is not in models/{name} (looked in {places}). {advice}")
@@ -93,14 +98,21 @@ def load_weights(path: Path, title: str) -> dict[str, Tensor]:
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"{title}: {path} can't be read, it may be a broken download. Get it again. ({error})"
+            f"{title}: {path} can't be read, it may be a broken download. Get it again. ({shortened(error)})"
         ) from error
     weights = weights.get("state_dict", weights) if isinstance(weights, dict) else weights
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(
-            f"{title}: {path} holds no weights by name (a state_dict), but {type(weights).__name__}. Load another file."
+            f"{title}: {path} holds a {type(weights).__name__}, and not weights by name (a state_dict). Load another "
+            "file."
         )
     return weights
+
+
+def shortened(error: Exception | str, most: int = 500) -> str:
+    """What another library says, for the end of a sentence of ours: in one line, and no list of all weights."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= most else f"{text[:most]} …"
 
 
 def needs(package: str, install: str, title: str) -> ModuleType:
@@ -109,6 +121,6 @@ def needs(package: str, install: str, title: str) -> ModuleType:
         return importlib.import_module(package)
     except ImportError as error:
         raise ImportError(
-            f"{title} needs the Python package {package}, which can't be imported ({error}). Install it into the "
-            f"Python that runs ComfyUI:  {install}"
+            f"{title} needs the Python package {package}, which can't be imported ({shortened(error)}). Install it "
+            f"into the Python that runs ComfyUI:  {install}"
         ) from error

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .network import load_weights, needs
+from .network import load_weights, needs, shortened
 
 __all__ = [
     "IMAGENET",
@@ -139,10 +140,10 @@ def fill(network: nn.Module, weights: dict[str, Tensor], path: Path, architectur
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        lines = str(error).splitlines()
+        lines = str(error).splitlines()[1:]  # the first says that there was an error
         raise ValueError(
             f"{title}: {path} does not fit the architecture {architecture}. Choose another file, or the architecture "
-            f"that it is for. ({' '.join(lines[1:3]).strip()}{' …' if len(lines) > 3 else ''})"
+            f"that it is for. ({shortened(' '.join(lines))})"
         ) from error
     return network.float()
 
@@ -167,10 +168,10 @@ def transformers_network(folder: Path, auto_class: str, title: str) -> nn.Module
                 output_loading_info=True,
                 weights_only=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
         raise ValueError(
             f"{title}: transformers' {auto_class} can't load {folder}. Get all of its files again, or load another. "
-            f"({error})"
+            f"({shortened(error)})"
         ) from error
     missing = [*report["missing_keys"], *report["mismatched_keys"]]
     if missing:
@@ -205,8 +206,14 @@ def timm_network(folder: Path, title: str, headless: bool = False) -> tuple[nn.M
     arguments |= config.get("model_args") or {}
     if headless:
         arguments["num_classes"] = 0
-    with torch.random.fork_rng(devices=[]):
-        network = timm.create_model(architecture, pretrained_cfg=pretrained or None, **arguments)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            network = timm.create_model(architecture, pretrained_cfg=pretrained or None, **arguments)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"{title}: timm {timm.__version__} can't build '{architecture}' as config.json in {folder} asks for. Get "
+            f"config.json again, or update timm:  pip install --upgrade timm  ({shortened(error)})"
+        ) from error
     weights = load_weights(path, title)
     if headless:
         weights = {name: weight for name, weight in weights.items() if name in network.state_dict()}
@@ -256,8 +263,11 @@ def _size(size: Any, default: tuple[int, int]) -> tuple[int, int]:
 
 def read_json(path: Path, title: str) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__} and no settings")
+        return content
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{title}: {path} can't be read. Get it again from where the weights come. ({error})"
+            f"{title}: {path} can't be read. Get it again from where the weights come. ({shortened(error)})"
         ) from error

@@ -415,6 +415,7 @@ class AMEDScheduler:
             raise ValueError("AMED Scheduler: a probe takes positive, negative and latent. Connect all three, or none.")
         midpoints = settings.midpoints
         if latent is not None:
+            _shape(model, latent, "AMED Scheduler")  # for its errors
             guider = comfy.samplers.CFGGuider(model)
             guider.set_conds(positive, negative)
             guider.set_cfg(predictor.settings.cfg)
@@ -447,7 +448,8 @@ class AMEDSampler:
 def _file(name: str, title: str, kind: str = "") -> Path:
     """models/amed/<name><kind>.safetensors. Raises ValueError, for the node of that title, for a name that is none."""
     folder = Path(folder_paths.models_dir, FOLDER).resolve()
-    usable = len(name) <= 200 and not set(name) & set('<>:"|?*\\\0')
+    name = name.encode(errors="replace").decode()  # half a character stops the host that reports it
+    usable = len(name.encode()) <= 200 and not set(name) & set('<>:"|?*\\\0')
     path = (folder / f"{name.strip()}{kind}.safetensors").resolve() if usable else folder
     if folder not in path.parents or path.name.startswith("."):
         raise ValueError(f"{title}: '{name}' is no name for a file in models/{FOLDER}. Take letters, such as toy_6.")
@@ -462,6 +464,11 @@ def _shape(model: Any, latent: dict[str, Any], title: str) -> tuple[int, ...]:
         raise ValueError(
             f"{title}: the latent has {shape[0]} channels, and the model's have {channels}. Connect an empty latent "
             "that is made for this model."
+        )
+    if len(shape) - 1 > host.latent_dimensions(model):
+        raise ValueError(
+            f"{title}: the latent is a video, and the model draws images. Connect an empty latent that is made for "
+            "this model."
         )
     return shape
 

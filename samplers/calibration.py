@@ -211,7 +211,7 @@ def calibrate(
             "be compared with real ones. Connect the whole schedule, not the upper part of SplitSigmas."
         )
     real = _power_of_images(latents)
-    _check_channels(latents, guider.model_patcher)
+    _check_kind(latents, guider.model_patcher)
     runs = _Runs(guider, sampler, sigmas, steps, latents, samples, batch_size, seed, from_images, progress)
     training, before = runs.training(), runs.sampled(None)
     response, kinds = log_power(before.power, real), _kinds(len(steps), _ratio(before.curve, training.curve)[0])
@@ -274,6 +274,8 @@ def _power_of_images(latents: Tensor) -> np.ndarray:
             f"{title}: {len(latents)} real images can't say how such images vary. VAE Encode a batch of at least "
             f"{FEWEST}, better 32 or more.{video if latents.ndim == 5 and latents.shape[2] > 1 else ''}"
         )
+    if max(latents.shape[-2:]) < 2:
+        raise ValueError(f"{title}: the latents are of one pixel, and have no detail. VAE Encode larger images.")
     real = power(latents)
     if not np.isfinite(real).all() or not (real.mean(0) > 0).all():
         raise ValueError(
@@ -283,12 +285,17 @@ def _power_of_images(latents: Tensor) -> np.ndarray:
     return real
 
 
-def _check_channels(latents: Tensor, patcher: Any) -> None:
+def _check_kind(latents: Tensor, patcher: Any) -> None:
     channels = patcher.model.latent_format.latent_channels
     if latents.shape[1] != channels:
         raise ValueError(
             f"Calibrate Epsilon Scaling: the latents have {latents.shape[1]} channels, and the model's have "
             f"{channels}. VAE Encode the images with this model's VAE."
+        )
+    if latents.ndim - 2 > host.latent_dimensions(patcher):
+        raise ValueError(
+            "Calibrate Epsilon Scaling: the latents are of a video, and the model draws images. VAE Encode images with "
+            "this model's VAE."
         )
 
 

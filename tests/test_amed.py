@@ -303,7 +303,7 @@ def test_a_teacher_passes_through_the_points_of_its_student(kind: str, schedule:
 
 def test_schedules_that_can_not_be_are_refused(model: Any) -> None:
     sampling = model.model.model_sampling
-    with pytest.raises(ValueError, match=r"no schedule 'linear'.*polynomial"):
+    with pytest.raises(ValueError, match=r"There is no schedule 'linear'.*polynomial"):
         time_points(sampling, "linear", 3, 1.0, 0.1, 10.0)
     for bad in ((0, 1.0, 0.1, 10.0), (3, 0.0, 0.1, 10.0), (3, 1.0, 0.0, 10.0), (3, 1.0, 10.0, 0.1)):
         with pytest.raises(ValueError, match="at least one step"):
@@ -418,6 +418,15 @@ def test_sigmas_of_another_schedule_are_sampled_by_the_student_alone_and_it_says
     torch.testing.assert_close(found, sample(model, amed_sampler(fixed(chosen, 0.5)), sigmas))
     # and ends where the model's own last time point leads
     assert found.isfinite().all()
+
+
+def test_a_schedule_without_a_step_leaves_the_latent_alone(model: Any) -> None:
+    chosen = settings(model)
+    found, left = (
+        sample(model, sampler, base_sigmas(fixed(chosen))[:1])  # the upper part of SplitSigmas at step 0
+        for sampler in (amed_sampler(fixed(chosen)), comfy.samplers.ksampler("euler"))
+    )
+    assert torch.equal(found, left)
 
 
 @pytest.mark.parametrize("kind", ["EPS", "FLOW"])
@@ -746,7 +755,7 @@ def test_each_point_is_learnt_as_published(model: Any) -> None:
 
 
 def test_an_objective_that_there_is_not_is_refused(model: Any) -> None:
-    with pytest.raises(ValueError, match=r"no objective 'both'.*endpoint, each point"):
+    with pytest.raises(ValueError, match=r"there is no objective 'both'.*endpoint, each point"):
         trained(model, settings(model), objective="both")
 
 
@@ -908,16 +917,18 @@ def test_prompts_take_turns_in_a_batch(model: Any) -> None:
 
 def test_a_missing_prompt_is_refused(model: Any) -> None:
     one = gaussian_mixture.conditioning(0.0)
-    with pytest.raises(ValueError, match="no positive prompt"):
+    with pytest.raises(ValueError, match=r"there is no positive prompt\. Connect one"):
         trained(model, settings(model), prompts=([], one))
-    with pytest.raises(ValueError, match="no negative prompt"):
+    with pytest.raises(ValueError, match=r"there is no negative prompt\. Connect one"):
         trained(model, settings(model, cfg=2.0), prompts=(one, []))
     trained(model, settings(model), prompts=(one, []), trajectories=16)  # cfg 1 asks it nothing
 
 
 def test_plans_without_a_step_are_refused(model: Any) -> None:
-    with pytest.raises(ValueError, match="8 trajectories in batches of 16"):
+    with pytest.raises(ValueError, match=r"8 trajectories are less than one batch of 16\. Raise"):
         trained(model, settings(model), trajectories=8)
+    with pytest.raises(ValueError, match="no share of 0 epochs in batches of 16 for each of 1 processes"):
+        trained(model, settings(model), epochs=0)
 
 
 def test_a_model_that_gives_no_numbers_is_said_and_nothing_is_learnt_from_it(model: Any, tmp_path: Path) -> None:
@@ -934,6 +945,17 @@ def test_a_model_that_gives_no_numbers_is_said_and_nothing_is_learnt_from_it(mod
     finally:
         del model.model.apply_model
     assert files.load(kept).settings.trajectories == 16  # and is finite, or it would not load
+
+
+def test_a_model_without_gradients_is_not_trained_on(model: Any) -> None:
+    model.model.apply_model = torch.no_grad()(model.model.apply_model)
+    try:
+        with pytest.raises(
+            RuntimeError, match=r"Train AMED Predictor: this model runs without gradients here\. Train wi"
+        ):
+            trained(model, settings(model, steps=2))
+    finally:
+        del model.model.apply_model
 
 
 def test_timesteps_have_a_slope_and_keep_their_value() -> None:
@@ -1151,7 +1173,7 @@ def test_refused_at_the_node(model: Any) -> None:
     latent["samples"][0, 0, 0, 0] = 1  # an empty one is fitted
     with pytest.raises(ValueError, match="16 channels, and the model's have 4"):
         run_node(model, latent=latent)
-    with pytest.raises(ValueError, match="a ρ above 0"):
+    with pytest.raises(ValueError, match="a rho above 0"):
         run_node(model, rho=-1.0)
 
 

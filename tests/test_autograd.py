@@ -161,6 +161,19 @@ def test_quantized_weights_stay_quantized_and_have_a_gradient():
     assert module.weight is before
 
 
+def test_weights_that_hide_what_they_are_made_of_are_refused_with_a_way_out():
+    class Closed(torch.Tensor):
+        pass
+
+    with torch.inference_mode():
+        module = torch.nn.Linear(3, 2, bias=False)
+        weight = module.weight.detach().as_subclass(Closed)
+        module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    refusal = pytest.raises(RuntimeError, match=r"weights of type Closed, through which no gradient can .*'fast'")
+    with refusal, differentiable(module):
+        pass
+
+
 def test_what_a_network_keeps_from_an_unguided_call_serves_in_a_guided_one():
     class Keeps(torch.nn.Module):
         kept = None
@@ -409,7 +422,7 @@ def test_prompts_with_loras_of_their_own_are_refused_where_the_gradient_would_be
 
 
 def test_a_model_that_is_spread_over_gpus_is_refused(patcher):
-    with pytest.raises(RuntimeError, match=r"several GPUs.*'fast'"):
+    with pytest.raises(RuntimeError, match=r"ComfyUI spreads this model over several GPUs.*'fast'"):
         kernel._refuse_what_has_no_gradient(
             "DSG Guidance", kernel.FAST, SimpleNamespace(conds={}), {"multigpu_clones": {}}
         )

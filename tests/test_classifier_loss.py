@@ -387,6 +387,7 @@ def test_folders_that_hold_no_classifier_say_so(tmp_path, monkeypatch):
     vit(id2label={0: "thing"}).save_pretrained(tmp_path / "one")
     save_noisy(tmp_path / "other noisy", architecture="EncoderUNetModel")
     save_noisy(tmp_path / "odd noisy", depth=3)
+    save_noisy(tmp_path / "negative noisy", in_channels=-1)
     save_noisy(tmp_path / "wide noisy", width=16)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
@@ -395,9 +396,10 @@ def test_folders_that_hold_no_classifier_say_so(tmp_path, monkeypatch):
         "unknown/": r"timm .* knows no architecture 'hf-hub:someone/something'",
         "weightless/": r"no model\.safetensors beside it",
         "other/": r"does not fit the architecture test_vit.*head\.weight",
-        "one/": r"has 1 classes, .*Load a network of two classes or more",
+        "one/": r"one tells no classes apart, it has 1\. Load a network of two classes or more",
         "other noisy/": r"'EncoderUNetModel'\. The only one that is known is NoisyLatentClassifier",
         "odd noisy/": r"the settings in .*config\.json make no classifier.*depth",
+        "negative noisy/": r"the settings in .*config\.json make no classifier.*negative dimension",
         "wide noisy/": r"does not fit the architecture NoisyLatentClassifier",
         "broken/": r"config\.json can't be read",
     }.items():

@@ -225,7 +225,8 @@ def test_a_failed_download_says_where_to_get_the_file(models, pretrained, monkey
         raise OSError("no route to host")
 
     monkeypatch.setattr(open_clip, "download_pretrained", fail)
-    with pytest.raises(FileNotFoundError, match=r"huggingface.co/somebody/tiny_clip_32.toy .*Tiny-32-toy.*no route"):
+    advice = r"Put the files of https://huggingface.co/somebody/tiny_clip_32.toy into .*Tiny-32-toy instead.*no route"
+    with pytest.raises(FileNotFoundError, match=advice):
         load("Tiny-32:toy (download)")
 
 
@@ -273,6 +274,20 @@ def test_importing_the_pack_imports_no_optional_package():
     assert run.stdout.splitlines()[-1] == "[]"
 
 
+def test_an_open_clip_that_is_broken_takes_no_node_with_it_and_says_so(models, weights, monkeypatch, tmp_path, caplog):
+    (tmp_path / "open_clip").mkdir()
+    (tmp_path / "open_clip" / "__init__.py").touch()
+    (tmp_path / "open_clip" / "pretrained.py").write_text("import a_package_that_is_gone")
+    monkeypatch.delitem(sys.modules, "open_clip")
+    monkeypatch.delitem(sys.modules, "_sphereguide_open_clip.pretrained", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(clip_model, "_pretrained", clip_model._pretrained.__wrapped__)
+    save(models / "tiny", weights)
+    with caplog.at_level(logging.WARNING, "sphereguide"):
+        assert clip_model.entries() == ["tiny/"]
+    assert "Load open_clip Model: open_clip can't list its pretrained models (ModuleNotFoundError: " in caplog.text
+
+
 def test_an_empty_folder_says_what_to_put_there(models):
     with pytest.raises(FileNotFoundError, match=r"no model in .*open_clip\. .*huggingface.co"):
         load(clip_model.NOTHING)
@@ -287,6 +302,12 @@ def test_weights_without_a_configuration_are_refused_with_a_way_out(models, weig
     assert "mine.safetensors" in clip_model.entries()
     with pytest.raises(ValueError, match=r"which architecture .*'mine.safetensors'.*list_pretrained.*config.json"):
         load("mine.safetensors")
+
+
+def test_a_configuration_may_leave_the_preprocessing_open(models, weights):
+    save(models / "tiny", weights)
+    (models / "tiny" / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL_CFG, "preprocess_cfg": None}))
+    assert load("tiny/").tower.mean == open_clip.OPENAI_DATASET_MEAN
 
 
 def test_missing_parts_of_a_folder_are_named(models, weights):

@@ -434,7 +434,7 @@ def test_a_model_without_gradients_is_refused_with_a_way_out():
     model = gaussian_mixture.patcher()
     apply_model = model.model.apply_model
     model.model.apply_model = torch.no_grad()(apply_model)
-    with pytest.raises(RuntimeError, match=r"without gradients.*'fast'"):
+    with pytest.raises(RuntimeError, match=r"DSG Guidance: this model runs without gradients here\. .*'fast'"):
         run(model, settings={"gradient": "full"})
     _, trace = run(model, settings={"gradient": "fast"})
     assert len(trace.steps) == 7 and not any(any(step.skipped) for step in trace.steps)

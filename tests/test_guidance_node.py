@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from types import SimpleNamespace
 
 import comfy.samplers
@@ -107,6 +108,13 @@ def test_the_summary_counts_what_was_skipped():
     assert GuidanceReport().report({}, trace)["result"][1].isfinite().all()
 
 
+def test_without_matplotlib_the_report_names_the_command(monkeypatch):
+    _, trace = guide()
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    with pytest.raises(ImportError, match=r"Guidance Report draws with matplotlib.*pip install matplotlib"):
+        GuidanceReport().report({}, trace)
+
+
 class Interrupted(BaseException):
     """What newer hosts raise when a run is cancelled is of this kind."""
 
@@ -155,7 +163,7 @@ def test_a_smaller_decode_reserves_less_and_refuses_several_frames():
     vae = tiny_models.TinyVAE()
     vae.memory_used_decode = lambda shape, dtype: float(torch.Size(shape).numel())
     assert Decoder(vae, 0.5).memory_required(torch.Size((2, 4, 8, 8))) == 2 * 4 * 4 * 4
-    with pytest.raises(ValueError, match="video of 3 frames"):
+    with pytest.raises(ValueError, match=r"the latent is a video of 3 frames\. Guide a latent of one frame"):
         Decoder(vae, 0.5)(torch.zeros(1, 4, 3, 8, 8))
     with torch.inference_mode():
         image = Decoder(vae, 0.5)(torch.zeros(1, 4, 1, 8, 8))

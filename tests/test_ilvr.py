@@ -113,6 +113,11 @@ def test_behind_guidance_it_says_which_way_round(model, reference):
         gaussian_mixture.sample(referenced(inner, reference, 2, 0.0, 1.0), model)
 
 
+def test_a_sampler_that_hides_how_it_samples_is_refused(reference):
+    with pytest.raises(ValueError, match=r"\(Sampler\) does not show how it samples\. Connect one of KSamplerSelect\."):
+        ILVRReference().refer(comfy.samplers.Sampler(), {"samples": reference}, 2, 0.0, 1.0)
+
+
 def test_what_can_not_be_a_reference_is_refused(model, reference):
     with pytest.raises(ValueError, match=r"\[1, 16, 2, 2\].*Encode the reference with this model's VAE"):
         gaussian_mixture.sample(sampler("euler", torch.zeros(1, 16, 2, 2)), model)

@@ -102,6 +102,14 @@ def test_torch_comes_from_where_this_machine_s_wheels_are(system: str, nvidia: b
     assert quickstart.torch_index(system, nvidia) == index
 
 
+def test_an_environment_that_can_not_be_made_shows_why_and_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    problem = r"(?s)Could not make a virtual environment in .*file.*apt install python3-venv"
+    with pytest.raises(quickstart.Problem, match=problem) as error:
+        quickstart.make_venv(tmp_path / "file" / ".venv", tmp_path / "install.log")
+    assert "Not a directory" in str(error.value) or "cannot find" in str(error.value)
+
+
 def test_failed_installation_shows_the_end_of_pip_s_log_and_what_to_do(tmp_path: Path) -> None:
     log = tmp_path / "install.log"
     with pytest.raises(quickstart.Problem, match="run the same command again") as error:
@@ -128,7 +136,9 @@ def test_arguments_of_a_benchmark_are_passed_on(monkeypatch: pytest.MonkeyPatch,
     options, rest = quickstart.parse(["bench", "cost", "--quick", "--json", "cost.json"])
     script = str(tmp_path / "benchmarks" / "cost.py")
     assert quickstart.command_line(options, rest) == [script, "--quick", "--json", "cost.json"]
-    with pytest.raises(quickstart.Problem, match="no benchmark amed"):
+    with pytest.raises(
+        quickstart.Problem, match=r"This version of SphereGuide has no benchmark amed: there is no .*amed\.py"
+    ):
         quickstart.command_line(*quickstart.parse(["bench", "amed"]))
 
 

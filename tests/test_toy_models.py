@@ -38,10 +38,12 @@ def test_weights_are_small_fp16_files():
 def test_a_truncated_file_is_named(tmp_path):
     data = (toy_portraits.WEIGHTS / toy_portraits.VAE_FILE).read_bytes()
     (tmp_path / toy_portraits.VAE_FILE).write_bytes(data[:1000])
-    with pytest.raises(ValueError, match=r"toy_portraits_vae.safetensors are damaged \(1000 bytes"):
+    with pytest.raises(
+        ValueError, match=r"The Toy Portraits weights .*vae.safetensors are damaged \(1000 bytes.*Reinstall"
+    ):
         toy_portraits.load_vae(tmp_path)
     shutil.rmtree(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"toy_portraits_vae.safetensors are missing"):
+    with pytest.raises(FileNotFoundError, match=r"The Toy Portraits weights .*vae.safetensors are missing\. Reinstall"):
         toy_portraits.load_vae(tmp_path)
 
 

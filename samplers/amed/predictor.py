@@ -171,10 +171,16 @@ def write(predictor: AMEDPredictor, path: Path, training: dict[str, Tensor], hea
     weights = {name: value.detach().cpu().contiguous() for name, value in predictor.network.state_dict().items()}
     state = {TRAINING + name: value.cpu().contiguous() for name, value in training.items()}
     metadata = {"format": FORMAT, "settings": json.dumps(asdict(predictor.settings)), "training": json.dumps(header)}
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    save_file({**weights, **state}, part, metadata)
-    part.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({**weights, **state}, part, metadata)
+        part.replace(path)
+    except (SafetensorError, OSError) as error:
+        raise OSError(
+            f"The predictor can't be written to {path}. Is there room, and may ComfyUI write there? Otherwise take "
+            f"another name. ({error})"
+        ) from error
 
 
 def load(path: Path, title: str = "Load AMED Predictor") -> AMEDPredictor:
@@ -194,7 +200,8 @@ def load(path: Path, title: str = "Load AMED Predictor") -> AMEDPredictor:
             predictor.network.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"{title}: {path} does not fit this version of SphereGuide. Update it, or train anew. ({error})"
+            f"{title}: {path} does not fit this version of SphereGuide. Update it, or train anew. "
+            f"({' '.join(str(error).split())})"
         ) from error
     if not all(value.isfinite().all() for value in weights.values()):
         raise ValueError(f"{title}: {path} holds numbers that are not finite. Train it anew, at a lower learning rate.")

@@ -39,8 +39,9 @@ def time_points(
         raise ValueError(f"There is no schedule '{schedule}'. There are: {', '.join(SCHEDULES)}.")
     if steps < 1 or not 0 < sigma_min < sigma_max or rho <= 0:
         raise ValueError(
-            f"There is no schedule of {steps} steps from sigma {sigma_max:g} to {sigma_min:g} with ρ {rho:g}: take at "
-            "least one step, a sigma_min above 0 and below sigma_max, and a ρ above 0."
+            f"There is no schedule from sigma_max {sigma_max:g} to sigma_min {sigma_min:g} of the model with steps "
+            f"{steps} and rho {rho:g}. Take at least one step, a rho above 0, and a model whose sigma_min is above 0 "
+            "and below its sigma_max."
         )
     way = np.linspace(0, 1, steps + 1)
 
@@ -71,6 +72,6 @@ def time_points(
     if not (np.diff(points) < 0).all():
         raise ValueError(
             f"The schedule {schedule} with {steps} steps gives {', '.join(f'{sigma:.4g}' for sigma in points)}, which "
-            "does not fall from point to point. Take fewer steps, or another schedule."
+            "does not fall from point to point. Take fewer steps, a rho of 0 (the schedule's own), or another schedule."
         )
     return [float(sigma) for sigma in points]

@@ -203,11 +203,14 @@ class _Training:
     ) -> None:
         together = distributed.is_available() and distributed.is_initialized()
         self.rank, self.world = (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
-        if plan.trajectories < plan.batch_size or plan.epochs < 1 or plan.batch_size % self.world:
+        if plan.trajectories < plan.batch_size:
             raise ValueError(
-                f"{TITLE}: {plan.trajectories} trajectories in batches of {plan.batch_size}, {plan.epochs} times, by "
-                f"{self.world} processes, leave one without work. Raise trajectories to a batch at least, and take a "
-                "batch_size that the processes can share."
+                f"{TITLE}: {plan.trajectories} trajectories are less than one batch of {plan.batch_size}. Raise "
+                "trajectories, or lower batch_size."
+            )
+        if plan.epochs < 1 or plan.batch_size % self.world:
+            raise ValueError(
+                f"no share of {plan.epochs} epochs in batches of {plan.batch_size} for each of {self.world} processes"
             )
         if plan.objective not in OBJECTIVES:
             raise ValueError(f"{TITLE}: there is no objective '{plan.objective}'. There are: {', '.join(OBJECTIVES)}.")
