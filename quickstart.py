@@ -43,6 +43,10 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": s
 OWN_REQUIREMENTS = ("torch", "torchvision", "torchaudio")
 
 
+# The whole suite, a process a core, four at most: the tests of a file stay together, since they share what they load.
+ALL_TESTS = ("--numprocesses", "logical", "--maxprocesses", "4", "--dist", "loadfile")
+
+
 class Problem(Exception):
     """Something the user can put right. The message says what is wrong, and how."""
 
@@ -259,7 +263,7 @@ def command_line(options: argparse.Namespace, rest: list[str]) -> list[str]:
     if options.command == "serve":
         return [str(ROOT / "demo" / "serve.py"), "--port", str(options.port)]
     if options.command == "test":
-        return ["-m", "pytest", *rest]
+        return ["-m", "pytest", *(rest or ALL_TESTS)]
     script = ROOT / "benchmarks" / f"{options.name}.py"
     if not script.is_file():
         raise Problem(f"This version of SphereGuide has no benchmark {options.name}: there is no {script}.")
@@ -283,6 +287,8 @@ def main(arguments: list[str]) -> int:
         environ["COMFYUI_PATH"] = str(checkout)
     if options.command == "test":
         os.chdir(ROOT)  # pytest's paths are the repository's, whoever calls from where
+        if not rest:  # each process has a core, and would wait for the others' threads
+            environ.setdefault("OMP_NUM_THREADS", "1")
     if os.name == "posix":  # so that signals reach it
         os.execve(python, [str(python), *command], environ)
     return subprocess.run([str(python), *command], env=environ).returncode

@@ -129,6 +129,10 @@ def test_arguments_after_test_are_pytest_s() -> None:
     ]
 
 
+def test_the_whole_suite_runs_in_several_processes() -> None:
+    assert quickstart.command_line(*quickstart.parse(["test"])) == ["-m", "pytest", *quickstart.ALL_TESTS]
+
+
 def test_arguments_of_a_benchmark_are_passed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "cost.py").write_text("")
