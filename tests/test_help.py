@@ -7,15 +7,73 @@ from pathlib import Path
 
 import pytest
 from sphereguide import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+from sphereguide.demo.strengths import LIMIT, STRIPS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "web" / "docs"
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN"}
+PICTURED = {f"SphereGuide/{category}" for category in ("guidance", "losses", "epsilon scaling", "amed")}
+NO_PICTURE = {
+    "SphereGuideClassifierLoss": "no classifier comes with the pack: the page says in words what to look for",
+    "SphereGuideAMEDSave": "writes a file, and changes no picture",
+}
+PICTURE = re.compile(r"^!\[[^]]+\]\(([^)]+)\)\n\n\*[^*\n][^*]*\*$", re.MULTILINE)
+# Papers of networks whose code is in other packages, so that no docstring here cites them.
+CITED_BY_PAGES_ALONE = {"1503.03832", "1710.08092", "1801.07698", "2212.07143"}
 
 
 def inputs(node: type) -> dict[str, tuple]:
     groups = node.INPUT_TYPES()
     return {key: entry for group in ("required", "optional") for key, entry in groups.get(group, {}).items()}
+
+
+def page_of(node_id: str) -> str:
+    return (PAGES / f"{node_id}.md").read_text(encoding="utf-8")
+
+
+def sections(page: str) -> dict[str, str]:
+    """What stands below each heading; below the title, under ""."""
+    _, *parts = re.split(r"^(?:# .+|## (.+))\n", page, flags=re.MULTILINE)
+    return {heading or "": body.strip() for heading, body in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def settings_table(page: str) -> dict[str, tuple[str, ...]]:
+    """The other cells of each setting's row in the settings table. A row may be for several, with commas between."""
+    rows: dict[str, tuple[str, ...]] = {}
+    for line in sections(page).get("Settings", "").splitlines():
+        if line.startswith("|") and not line.startswith(("|---", "| setting")):
+            names, *cells = (cell.strip() for cell in line.strip().strip("|").split(" | "))
+            first, dots, last = names.partition(" … ")
+            digits = range(int(first[-1]), int(last[-1]) + 1) if dots else ()
+            spread = [f"{first[:-1]}{digit}" for digit in digits] or names.split(", ")
+            rows |= {name: tuple(cells) for name in spread}
+    return rows
+
+
+def gaps(node_id: str, page: str) -> list[str]:
+    """What this page of a node lacks."""
+    node, parts, table = NODE_CLASS_MAPPINGS[node_id], sections(page), settings_table(page)
+    found = []
+    if not page.startswith(f"# {NODE_DISPLAY_NAME_MAPPINGS[node_id]}\n\n"):
+        found.append("the title is the node's name")
+    what = parts[""].split("\n\n")[0]
+    if not re.match(r"[A-Z*]", what) or not what.endswith(".") or re.search(r"\.\s", what):
+        found.append("the first paragraph says in one sentence what the node does")
+    if not re.search(r"^Use it \w+", f"{parts['']}\n\n{parts.get('When to use it', '')}", re.MULTILINE):
+        found.append("when to use it")
+    paper = parts.get("Paper", parts.get("Papers", ""))
+    if not re.search(r"arXiv\s\d{4}\.\d{5}", paper):
+        found.append("the paper, or that of the method which the node serves")
+    for key, (kind, *_) in inputs(node).items():
+        if isinstance(kind, list) or kind in WIDGETS:
+            if key not in table:
+                found.append(f"{key}: what it does")
+            elif kind in ("INT", "FLOAT") and not re.search(r"\d|\bany\b", table[key][-1]):
+                found.append(f"{key}: a range that works")
+    found += [f"{key}: a row of three cells" for key, cells in table.items() if len(cells) != 2 or not all(cells)]
+    if node.CATEGORY in PICTURED and node_id not in NO_PICTURE and not PICTURE.search(page):
+        found.append("a picture, and a line that says what it shows")
+    return found
 
 
 @pytest.mark.parametrize("node_id", NODE_CLASS_MAPPINGS)
@@ -28,18 +86,62 @@ def test_every_node_explains_itself(node_id):
 
 
 @pytest.mark.parametrize("node_id", NODE_CLASS_MAPPINGS)
-def test_every_node_has_a_page(node_id):
-    page = (PAGES / f"{node_id}.md").read_text(encoding="utf-8")
-    assert page.startswith(f"# {NODE_DISPLAY_NAME_MAPPINGS[node_id]}\n")
-    settings = [
-        key
-        for key, (kind, *_) in inputs(NODE_CLASS_MAPPINGS[node_id]).items()
-        if isinstance(kind, list) or kind in WIDGETS
-    ]
-    if "as in **" not in page:  # sends for them to the page of a node that it is like
-        assert [key for key in settings if re.sub(r"_\d$", "", key) not in page] == []
-    for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", page):
+def test_every_node_has_a_page_that_lacks_nothing(node_id):
+    assert gaps(node_id, page_of(node_id)) == []
+
+
+@pytest.mark.parametrize("node_id", NODE_CLASS_MAPPINGS)
+def test_page_is_about_its_node(node_id):
+    page = page_of(node_id)
+    names = {key for group in NODE_CLASS_MAPPINGS[node_id].INPUT_TYPES().values() for key in group}
+    assert settings_table(page).keys() <= names
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]*)\)", page):
         assert (PAGES / picture).is_file()
+    assert len(PICTURE.findall(page)) == page.count("![")
+
+
+@pytest.mark.parametrize(
+    "old, new, gap",
+    [
+        (r"# DSG Guidance", "# Guidance", "title"),
+        (r"Steers any[^\n]+", "It is good. Very good.", "one sentence"),
+        (r"Steers any[^\n]+\n\n## When to use it", "## When to use it", "one sentence"),
+        (r"Use it when", "When", "when to use it"),
+        (r"## When to use it", "## Notes", "when to use it"),
+        (r"## Papers", "## Notes", "the paper"),
+        (r"arXiv ", "", "the paper"),
+        (r"\| interval \| [^\n]+\n", "", "interval: what it does"),
+        (r"\| interval \| ([^|]+) \| [^\n]+", r"| interval | \1 | |", "interval: a range"),
+        (r"\| interval \| ([^|]+) \| [^\n]+", r"| interval | \1 |", "interval: a row"),
+        (r"\| interval \| ([^|]+) \| [^\n]+", r"| interval | \1 | as you like |", "interval: a range"),
+        (r"(\| gradient \| [^|]+\| )[^|]+\|", r"\1|", "gradient: a row"),
+        (r"(\| vae \| [^|]+\| )[^|]+\|", r"\1|", "vae: a row"),
+        (r"!\[[^\n]+", "", "a picture"),
+        (r"(!\[[^\n]+)\n\n\*[^*]+\*", r"\1", "a picture"),
+    ],
+)
+def test_what_a_page_lacks_is_found(old, new, gap):
+    page = page_of("SphereGuideDSG")
+    worse = re.sub(old, new, page)
+    assert worse != page
+    assert [found for found in gaps("SphereGuideDSG", worse) if found.startswith(gap) or gap in found]
+
+
+def test_only_nodes_that_can_have_none_are_without_a_picture():
+    for node_id in NO_PICTURE:
+        assert NODE_CLASS_MAPPINGS[node_id].CATEGORY in PICTURED and "![" not in page_of(node_id)
+    assert "What to look for" in sections(page_of("SphereGuideClassifierLoss"))
+
+
+def test_pages_cite_what_the_code_cites():
+    code = " ".join(
+        file.read_text(encoding="utf-8")
+        for folder in ("losses", "samplers", "models", "nodes")
+        for file in (ROOT / folder).rglob("*.py")
+    )
+    pages = " ".join(page_of(node_id) for node_id in NODE_CLASS_MAPPINGS)
+    known, cited = (set(re.findall(r"arXiv\s(\d{4}\.\d{5})", text)) for text in (code, pages))
+    assert cited - known == CITED_BY_PAGES_ALONE
 
 
 def test_no_page_and_no_picture_is_left_over():
@@ -47,6 +149,8 @@ def test_no_page_and_no_picture_is_left_over():
     assert pages.keys() == NODE_CLASS_MAPPINGS.keys()
     pictures = {path.name for path in (PAGES / "strengths").iterdir()}
     assert pictures == set(re.findall(r"strengths/([^)]+)", " ".join(pages.values())))
+    assert pictures == {f"{name}.jpg" for name in STRIPS}
+    assert [picture for picture in pictures if (PAGES / "strengths" / picture).stat().st_size > LIMIT] == []
 
 
 def test_every_node_is_in_the_readme():
