@@ -207,7 +207,7 @@ STRIPS = {
     "dps": Strip("toy_super_resolution", (0.5, 10, 100), "degraded", dps, DPS, "step_size"),
     "ilvr": Strip("toy_deblur", (16, 4, 2), PORTRAIT, ilvr, ILVR, "factor"),
     "epsilon": Strip("toy_clip_text", (1.0, 1.08, 1.3), "", epsilon, SCALING, "b"),
-    "calibrate": Strip("toy_calibrate", (32,), "", of=f"{SCALING}Calibrate", setting="samples", plot=560),
+    "calibrate": Strip("toy_calibrate", (16,), "", of=f"{SCALING}Calibrate", setting="samples", plot=560),
     "report": Strip("toy_clip_text", (0.1,), "", report, plot=560),
     "combine": Strip(
         "toy_combined",
@@ -256,7 +256,7 @@ def draw(server: ComfyServer, strip: Strip) -> Image.Image:
     tiles: list[tuple[str, np.ndarray]] = []
     for number, value in enumerate(strip.values):
         prompt[node_of(prompt, strip.of)]["inputs"][strip.setting] = value
-        run = server.run(prompt, timeout=600)
+        run = server.run(prompt, timeout=3600)
         label = strip.labels[number] if strip.labels else f"{strip.setting} {value:g}"
         tiles.append((label, load(server.images(run, node_of(prompt, "SaveImage")))[0]))
         if strip.shown == "degraded" and len(tiles) == 1:
