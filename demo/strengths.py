@@ -25,7 +25,6 @@ LIMIT = 20_000  # bytes of a picture: the pack carries them all
 DSG, DEGRADE, SAMPLE = "SphereGuideDSG", "SphereGuideDegradeImage", "SamplerCustom"
 DPS, ILVR, SCALING = "SphereGuideDPS", "SphereGuideILVR", "SphereGuideEpsilonScaling"
 AMED, COMBINE, LOW_PASS = "SphereGuideAMEDSampler", "SphereGuideCombineLosses", "SphereGuideLowPassLoss"
-AMED_SEED = 7
 CUTOUTS = {"distance": "spherical", "cutouts": 4, "min_size": 0.5, "max_size": 1.0, "augment": True}
 
 
@@ -159,9 +158,9 @@ def amed(prompt: Prompt) -> None:
     prompt[node_of(prompt, "EmptyLatentImage")]["inputs"] |= {"batch_size": 1}
     prompt.pop(node_of(prompt, "SphereGuideSweep"))
     steps = prompt.pop(node_of(prompt, "BasicScheduler"))
-    samples = {key: node for key, node in prompt.items() if node["class_type"] == SAMPLE}
-    learned = next(key for key, node in samples.items() if node["inputs"]["sampler"][0] == node_of(prompt, AMED))
-    (stock,) = (node for key, node in samples.items() if key != learned)
+    samples = [key for key, node in prompt.items() if node["class_type"] == SAMPLE]
+    learned = next(key for key in samples if prompt[key]["inputs"]["sampler"][0] == node_of(prompt, AMED))
+    (stock,) = (prompt.pop(key) for key in samples if key != learned)
     decode = next(node for node in prompt.values() if node["class_type"] == "VAEDecode")
     for key in [key for key, node in prompt.items() if node["class_type"] in ("VAEDecode", "SaveImage")]:
         prompt.pop(key)
@@ -171,7 +170,6 @@ def amed(prompt: Prompt) -> None:
         sampled[f"stock {number}"] = f"{number} sampled"
         prompt[f"{number} sampled"] = {**stock, "inputs": stock["inputs"] | {"sigmas": [f"{number} steps", 0]}}
     for name, key in sampled.items():
-        prompt[key]["inputs"]["noise_seed"] = AMED_SEED
         prompt[name] = {**decode, "inputs": decode["inputs"] | {"samples": [key, 0]}}
     prompt["save"] = {"class_type": "SaveImage", "inputs": {"filename_prefix": "amed", "images": ["amed", 0]}}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from sphereguide import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+from sphereguide.demo.run import node_of, read, recipe
 from sphereguide.demo.strengths import LIMIT, STRIPS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,6 +152,20 @@ def test_no_page_and_no_picture_is_left_over():
     assert pictures == set(re.findall(r"strengths/([^)]+)", " ".join(pages.values())))
     assert pictures == {f"{name}.jpg" for name in STRIPS}
     assert [picture for picture in pictures if (PAGES / "strengths" / picture).stat().st_size > LIMIT] == []
+
+
+@pytest.mark.parametrize("name", STRIPS)
+def test_strip_shows_a_setting_of_a_workflow(name):
+    strip = STRIPS[name]
+    prompt = read(strip.workflow)
+    strip.changed(prompt)
+    made = []
+    for value in strip.values:
+        prompt[node_of(prompt, strip.of)]["inputs"][strip.setting] = value
+        made.append(recipe(prompt, node_of(prompt, "SaveImage")))  # follows each wire to its end
+    assert all(made.count(picture) == 1 for picture in made)
+    assert len(strip.values) == 1 if strip.plot else len(strip.values) >= 3
+    assert not strip.labels or len(strip.labels) == len(strip.values)
 
 
 def test_every_node_is_in_the_readme():
