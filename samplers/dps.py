@@ -9,15 +9,13 @@ the paper's ζ' (0.3 to 1 there).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import comfy.samplers
-import torch
 from torch import Tensor
 
-from .kernel import Evaluation, GuidedModel, Objective, levels, per_sample, steered
+from .kernel import Evaluation, Objective, ShiftedModel, deviation, steered
 from .trace import GuidanceTrace
 
 __all__ = ["Posterior", "posterior_guided"]
@@ -40,36 +38,14 @@ def posterior_guided(
     sampler: comfy.samplers.KSAMPLER, posterior: Posterior, trace: GuidanceTrace
 ) -> comfy.samplers.KSAMPLER:
     """`sampler`, guided by DPS. It keeps its options, and its function's signature stays visible to other packs."""
-    return steered(sampler, posterior, trace, _Shifted)
+    return steered(sampler, posterior, trace, _Descending)
 
 
-class _Shifted(GuidedModel):
+class _Descending(ShiftedModel):
     """Moves the state that a step led to against the gradient at which it began."""
 
     objective: Posterior
-    guides_last_step = True
-    pending: Evaluation | None = None  # of the step that the sampler's draw has ended
-    noise: Tensor | None = None
 
-    def drawn(self, noise: Tensor, sigma_next: Tensor) -> Tensor:
-        self.pending, self.noise = self.latest, noise
-        return noise
-
-    def arrived(self, x: Tensor, sigma: Tensor, **extra_args: object) -> None:
-        if self.pending is not None:
-            x.sub_(self._shift(self.pending, sigma.max()).to(x))
-        self.pending = self.noise = None
-
-    def finished(self, x: Tensor) -> Tensor:
-        return x if self.latest is None else x - self._shift(self.latest, x.new_tensor(self.schedule[-1])).to(x)
-
-    def _shift(self, at: Evaluation, sigma_next: Tensor) -> Tensor:
-        usable = at.norm.isfinite() & (at.norm > 0)
-        self.trace.record(at, sigma_next, self.noise, usable)
-        gradient = torch.where(per_sample(usable, at.gradient) > 0, at.gradient, 0)
-        weight = self.objective.step_size * at.weight
-        return weight * self._deviation(at.sigma.max()) * self._deviation(sigma_next) * gradient
-
-    def _deviation(self, sigma: Tensor) -> float:
-        """v = √(α² + σ²) at that sigma."""
-        return math.hypot(*levels(self.model.model_sampling, sigma))
+    def shift(self, at: Evaluation, sigma_next: Tensor) -> Tensor:
+        v, v_next = (deviation(self.model.model_sampling, sigma) for sigma in (at.sigma.max(), sigma_next))
+        return -self.objective.step_size * at.weight * v * v_next * at.gradient

@@ -26,7 +26,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from .kernel import GRADIENTS, Evaluation, GuidedModel, Objective, levels, noise_of, per_sample, progress, steered
+from .kernel import GRADIENTS, Evaluation, GuidedModel, Objective, per_sample, progress, steered
 from .trace import GuidanceTrace
 
 __all__ = ["GRADIENTS", "Guidance", "guided", "on_sphere"]
@@ -84,7 +84,6 @@ class _Spherical(GuidedModel):
     """Turns the noise that follows a guided call towards the descent of the loss."""
 
     objective: Guidance
-    travelled = -1  # the latest step that was repeated
 
     def drawn(self, noise: Tensor, sigma_next: Tensor) -> Tensor:
         return self._turned(noise, sigma_next, self.latest)
@@ -111,44 +110,19 @@ class _Spherical(GuidedModel):
         steps = len(self.schedule) - 1
         return steps if end - start > 0.995 else steps / max(end - start, 1e-3)
 
-    # With x = α·x̂₀ + σ·ε, z = x/α lies at the noise level s = σ/α, and the DDPM step (η = 1) to s' < s is
-    # z' = x̂₀ + (z − x̂₀)·s'²/s² + s'·√(1 − s'²/s²)·ε, undone by z'+ √(s² − s'²)·ε.
-
     def arrived(self, x: Tensor, sigma: Tensor, **extra_args: object) -> None:
-        if self.objective.recurrence == 0 or self.travelled >= self.step or not self._travels(float(sigma.max())):
-            return
-        self.travelled = self.step
-        sigma_next = sigma.new_tensor(self.schedule[self.step + 1])
-        alpha, noise = levels(self.model.model_sampling, sigma.max())
-        if alpha == 0:  # pure noise: whatever is done to it, going back leaves nothing of it
-            return
-        alpha_next, noise_next = levels(self.model.model_sampling, sigma_next)
-        s, s_next = noise / alpha, noise_next / alpha_next
-        for repetition in range(self.objective.recurrence):
-            denoised, at = self.evaluated(x, sigma, **extra_args)
-            if at is None:
-                return
-            forth, back = self._noise(x, repetition)
-            share = (s_next / s) ** 2
-            z = denoised + (x / alpha - denoised) * share
-            z += s_next * (1 - share) ** 0.5 * self._turned(forth, sigma_next, at)
-            x.copy_(alpha * (z + (s**2 - s_next**2) ** 0.5 * back))
+        start, end = self._repeated_range
+        if end <= float(sigma.max()) <= start:
+            self.repeat(x, sigma, self.objective.recurrence, self._guided, **extra_args)
 
-    def _travels(self, sigma: float) -> bool:
-        """Whether this call is the first of a step whose repetition is wanted."""
-        start, end = self._travelled_range
-        return end <= sigma <= start and abs(sigma - self.schedule[self.step]) <= 1e-4 * sigma
+    def _guided(self, noise: Tensor, sigma_next: Tensor, at: Evaluation) -> tuple[Tensor, float]:
+        return self._turned(noise, sigma_next, at), 0.0
 
     @functools.cached_property
-    def _travelled_range(self) -> tuple[float, float]:
+    def _repeated_range(self) -> tuple[float, float]:
         percents = self.objective.recurrence_start, self.objective.recurrence_end
         start, end = (float(self.model.model_sampling.percent_to_sigma(percent)) for percent in percents)
         return start, end
-
-    def _noise(self, x: Tensor, repetition: int) -> tuple[Tensor, Tensor]:
-        """Noise for a repetition and for its undoing: that of the seed, the step and its number."""
-        forth, back = noise_of((2, *x.shape), self.seed, self.step, repetition).to(x)
-        return forth, back
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """What guidance methods share: a sampler whose model calls come with the gradient of a loss.
 
 A sampler asks its model for x̂₀ at each step. `GuidedModel` answers, and keeps L(x̂₀) and ∇L of its latest call, per
-sample, for the method that builds on it: `dsg` turns the noise that the sampler draws next, `dps` moves the state.
+sample, for the method that builds on it: `dsg` turns the noise that the sampler draws next, `dps` and `tfg` move the
+state that the step leads to, `diffrgd` descends from there.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ __all__ = [
     "Evaluation",
     "GuidedModel",
     "Objective",
+    "ShiftedModel",
     "deterministic_sampler_message",
+    "deviation",
     "levels",
     "mask_at",
     "noise_of",
@@ -146,6 +149,7 @@ def steered(
         mode = torch.inference_mode(torch.is_inference_mode_enabled())
         with _prepared_for(objective, model, x, extra_args) as (recording, extra_args):
             guided_model = method(model, sigmas, objective, trace, recording, seed)
+            guided_model.began(function, options)
             arguments["noise_sampler"] = guided_model.noise_sampler(source)
             arguments["callback"] = guided_model.callback(mode(callback) if callback else None)
             x = function(guided_model, normal(x), normal(sigmas), extra_args=extra_args, **arguments)
@@ -306,9 +310,13 @@ class GuidedModel:
         self.memory: dict[Any, Any] = {}
         self.step = 0
         self.guided_calls = self.draws = 0
-        self.latest: Evaluation | None = None
+        self.latest: Any = None  # what the method keeps of a guided call, an `Evaluation` mostly
+        self.repeated = -1  # the latest step that was repeated
 
     # What a method does with the gradient
+
+    def began(self, function: Callable[..., Tensor], options: dict[str, Any]) -> None:
+        """Called before the run, with the sampler's function and its options."""
 
     def arrived(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> None:
         """Called before each model call with the sampler's own x, which goes on with what x becomes in place."""
@@ -332,13 +340,19 @@ class GuidedModel:
 
     def evaluated(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> tuple[Tensor, Evaluation | None]:
         """denoised `[B, …]`, and the loss there with its gradient: None where the run is not guided."""
-        if not self._guides(float(sigma.max())):
-            return self.wrapped(x, sigma, **extra_args), None
-        step = self._loss_step(sigma)
-        weight = self.objective.loss.weight(step)
+        weight = self.weight(sigma)
         if weight == 0:
             return self.wrapped(x, sigma, **extra_args), None
-        denoised, loss, gradient = self._evaluate(x, sigma, step, **extra_args)
+        return self.differentiated(x, sigma, weight, **extra_args)
+
+    def weight(self, sigma: Tensor) -> float:
+        """That of the loss in this step; 0 where the run is not guided."""
+        return self.objective.loss.weight(self._loss_step(sigma)) if self._guides(float(sigma.max())) else 0.0
+
+    def differentiated(self, x: Tensor, sigma: Tensor, weight: float, **extra_args: Any) -> tuple[Tensor, Evaluation]:
+        """denoised `[B, …]`, and the loss there with its gradient."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        denoised, loss, gradient = self._evaluate(x, sigma, self._loss_step(sigma), **extra_args)
         free = self._free_coordinates(x, sigma, **extra_args)
         if free is not None:
             gradient = gradient * free
@@ -421,6 +435,42 @@ class GuidedModel:
         mask = mask_at(self.wrapped, sigma, **extra_args)
         return None if mask is None else (mask > 0).expand_as(x)
 
+    # Time travel. With x = α·x̂₀ + σ·ε, z = x/α lies at the noise level s = σ/α, and the DDPM step (η = 1) to s' < s is
+    # z' = x̂₀ + (z − x̂₀)·s'²/s² + s'·√(1 − s'²/s²)·ε, undone by z'+ √(s² − s'²)·ε.
+
+    def repeat(
+        self, x: Tensor, sigma: Tensor, times: int, guide: Callable[..., tuple[Tensor, Any]], **extra_args: Any
+    ) -> None:
+        """Guides the step and undoes it by fresh noise, `times` times, in place in x: once a step, at its first call.
+
+        `guide(noise, sigma_next, at)` gives ε' of the guided DDPM step, and what is added to x_next.
+        """
+        first = abs(float(sigma.max()) - self.schedule[self.step]) <= 1e-4 * float(sigma.max())
+        if times == 0 or self.repeated >= self.step or not first:
+            return
+        self.repeated = self.step
+        sigma_next = sigma.new_tensor(self.schedule[self.step + 1])
+        alpha, noise = levels(self.model.model_sampling, sigma.max())
+        if alpha == 0:  # pure noise: whatever is done to it, going back leaves nothing of it
+            return
+        alpha_next, noise_next = levels(self.model.model_sampling, sigma_next)
+        s, s_next = noise / alpha, noise_next / alpha_next
+        for repetition in range(times):
+            denoised, at = self.evaluated(x, sigma, **extra_args)
+            if at is None:
+                return
+            forth, back = self._noise(x, repetition)
+            forth, shift = guide(forth, sigma_next, at)
+            share = (s_next / s) ** 2
+            z = denoised + (x / alpha - denoised) * share
+            z += s_next * (1 - share) ** 0.5 * forth + shift / alpha_next
+            x.copy_(alpha * (z + (s**2 - s_next**2) ** 0.5 * back))
+
+    def _noise(self, x: Tensor, repetition: int) -> tuple[Tensor, Tensor]:
+        """Noise for a repetition and for its undoing: that of the seed, the step and its number."""
+        forth, back = noise_of((2, *x.shape), self.seed, self.step, repetition).to(x)
+        return forth, back
+
     # Two things tell that a step is over: the draw that leads to the next entry of the schedule, and the next step's
     # callback. The sigma of a call does not: the second call of dpm_2_ancestral lies on, or below, the next entry.
 
@@ -446,6 +496,39 @@ class GuidedModel:
             return noise if self.latest is None else self.drawn(noise, sigma_next)
 
         return draw
+
+
+class ShiftedModel(GuidedModel):
+    """Moves the state that a step led to, by what a method makes of the call with which it began."""
+
+    guides_last_step = True
+    pending: Any = None  # `latest` of the step that the sampler's draw has ended
+    noise: Tensor | None = None
+
+    def shift(self, at: Any, sigma_next: Tensor) -> Tensor:
+        """What is added to the state at `sigma_next`, `[B, …]`; not finite where there is no telling."""
+        raise NotImplementedError
+
+    def drawn(self, noise: Tensor, sigma_next: Tensor) -> Tensor:
+        self.pending, self.noise = self.latest, noise
+        return noise
+
+    def arrived(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> None:
+        if self.pending is not None:
+            x.add_(self.usable_shift(self.pending, sigma.max(), self.noise).to(x))
+        self.pending = self.noise = None
+
+    def finished(self, x: Tensor) -> Tensor:
+        if self.latest is None:
+            return x
+        return x + self.usable_shift(self.latest, x.new_tensor(self.schedule[-1]), self.noise).to(x)
+
+    def usable_shift(self, at: Any, sigma_next: Tensor, noise: Tensor | None) -> Tensor:
+        """The shift, 0 for the samples where it or the gradient is not finite, or the gradient is zero."""
+        shift = self.shift(at, sigma_next)
+        usable = at.norm.isfinite() & (at.norm > 0) & shift.flatten(1).isfinite().all(1)
+        self.trace.record(at, sigma_next, noise, usable)
+        return torch.where(per_sample(usable, shift) > 0, shift, 0)
 
 
 def _marked_constant(conds: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
@@ -530,6 +613,11 @@ def levels(model_sampling: Any, sigma: Tensor) -> tuple[float, float]:
     zero, one = torch.zeros(1, device=sigma.device), torch.ones(1, device=sigma.device)
     scaling = model_sampling.noise_scaling
     return float(scaling(sigma, zero, one)), float(scaling(sigma, one, zero))
+
+
+def deviation(model_sampling: Any, sigma: Tensor) -> float:
+    """v = √(α² + σ²): that of a state of the model at that sigma. x/v is the state of the papers, of unit variance."""
+    return math.hypot(*levels(model_sampling, sigma))
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
