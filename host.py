@@ -35,6 +35,7 @@ __all__ = [
     "kept_activations",
     "latent_dimensions",
     "networks",
+    "noise_shares",
     "noise_source",
     "previewer",
     "sample_latent",
@@ -246,6 +247,57 @@ def adds_noise(sampler: comfy.samplers.KSAMPLER) -> bool | None:
     return not torch.equal(quiet, loud)
 
 
+def noise_shares(
+    function: Callable[..., Tensor], model: Any, sigmas: Tensor, options: dict[str, Any]
+) -> dict[int, float]:
+    """c of x = μ + c·ε, by the number of the draw of ε: x is what the sampler asks the model about next, or its result.
+
+    Found by a run of the sampler function on a model that answers zero: c is a matter of the function, its options and
+    the sigmas alone. `model` is the real one, whose noise levels the function may ask for.
+    """
+    silent = _SilentModel(model, 8 * len(sigmas))
+
+    def draw(sigma: Tensor, sigma_next: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        silent.draws += 1
+        noise = sigmas.new_zeros(1, 1, 1, silent.width)  # each draw in a place of its own
+        noise[..., (silent.draws - 1) % silent.width] = 1
+        return noise
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        x = inspect.unwrap(function)(
+            silent,
+            sigmas.new_zeros(1, 1, 1, silent.width),
+            sigmas,
+            extra_args={"seed": 0, "model_options": {}},
+            callback=None,
+            disable=True,
+            **{**options, "noise_sampler": draw},
+        )
+    silent.saw(x)
+    return silent.shares
+
+
+class _SilentModel:
+    """A sampler's model whose x̂₀ is zero, and what it was asked about."""
+
+    def __init__(self, model: Any, width: int) -> None:
+        self.wrapped = model
+        self.width = width
+        self.draws = 0
+        self.shares: dict[int, float] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.wrapped, name)
+
+    def __call__(self, x: Tensor, sigma: Tensor, model_options: dict[str, Any] | None = None, **_: Any) -> Tensor:
+        self.saw(x)
+        return _after_cfg(torch.zeros_like(x), model_options)
+
+    def saw(self, x: Tensor) -> None:
+        if self.draws:
+            self.shares.setdefault(self.draws - 1, float(x[..., (self.draws - 1) % self.width]))
+
+
 def _trial(sampler: comfy.samplers.KSAMPLER, noise: float) -> Tensor:
     model = _TrialModel()
     sigmas = torch.tensor([10.0, 4.0, 1.0, 0.3, 0.0])
@@ -269,10 +321,14 @@ class _TrialModel:
         return getattr(self, name)
 
     def __call__(self, x: Tensor, sigma: Tensor, model_options: dict[str, Any] | None = None, **_: Any) -> Tensor:
-        denoised = x / (1 + sigma.reshape(-1, 1, 1, 1) ** 2)
-        for function in (model_options or {}).get("sampler_post_cfg_function", []):
-            denoised = function({"denoised": denoised, "uncond_denoised": denoised, "cond_denoised": denoised})
-        return denoised
+        return _after_cfg(x / (1 + sigma.reshape(-1, 1, 1, 1) ** 2), model_options)
+
+
+def _after_cfg(denoised: Tensor, model_options: dict[str, Any] | None) -> Tensor:
+    """`denoised`, shown to the functions that look at what the model gives, of a sampler among others."""
+    for function in (model_options or {}).get("sampler_post_cfg_function", []):
+        denoised = function({"denoised": denoised, "uncond_denoised": denoised, "cond_denoised": denoised})
+    return denoised
 
 
 # -- sampling as the host's own nodes do it ----------------------------------------------------------------------------

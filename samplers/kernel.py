@@ -149,7 +149,7 @@ def steered(
         mode = torch.inference_mode(torch.is_inference_mode_enabled())
         with _prepared_for(objective, model, x, extra_args) as (recording, extra_args):
             guided_model = method(model, sigmas, objective, trace, recording, seed)
-            guided_model.began(function, options)
+            guided_model.began(function, sigmas, options)
             arguments["noise_sampler"] = guided_model.noise_sampler(source)
             arguments["callback"] = guided_model.callback(mode(callback) if callback else None)
             x = function(guided_model, normal(x), normal(sigmas), extra_args=extra_args, **arguments)
@@ -315,8 +315,8 @@ class GuidedModel:
 
     # What a method does with the gradient
 
-    def began(self, function: Callable[..., Tensor], options: dict[str, Any]) -> None:
-        """Called before the run, with the sampler's function and its options."""
+    def began(self, function: Callable[..., Tensor], sigmas: Tensor, options: dict[str, Any]) -> None:
+        """Called before the run, with the sampler's function and what that is called with."""
 
     def arrived(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> None:
         """Called before each model call with the sampler's own x, which goes on with what x becomes in place."""
