@@ -16,10 +16,12 @@ from . import (
     segmentation,
     style,
     sweep,
+    successors,
 )
 
 _NODES = {
     **guidance.NODES,
+    **successors.NODES,
     **reference.NODES,
     **report.NODES,
     **sweep.NODES,
