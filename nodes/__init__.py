@@ -15,8 +15,8 @@ from . import (
     report,
     segmentation,
     style,
-    sweep,
     successors,
+    sweep,
 )
 
 _NODES = {

@@ -147,3 +147,8 @@ def test_a_sampler_that_others_change_is_guided(node):
 def test_the_presets_are_those_of_the_help():
     (names, _), *_ = (TFGGuidance.INPUT_TYPES()["required"]["preset"],)
     assert names == list(PRESETS) == ["custom", "DPS", "LGD-MC", "FreeDoM", "MPGD", "UGD"]
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_the_trace_knows_the_id_of_its_node(node):
+    assert guide(node, unique_id="12:3")[1].node == "12:3"

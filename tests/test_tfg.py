@@ -107,7 +107,7 @@ class Paper:
         return self.world.ours(sampler, [self.world.sigma(alpha) for alpha in self.alphas])
 
 
-@pytest.mark.parametrize("sigma_bar, samples", [(0.0, 1), (0.5, 1), (0.5, 3)])
+@pytest.mark.parametrize("sigma_bar, samples", [(0.0, 1), (0.5, 3)])
 @pytest.mark.parametrize("rho, mu", [(0.7, 0.0), (0.0, 0.5), (0.7, 0.5)])
 @pytest.mark.parametrize("n_recur", [1, 3])
 def test_it_is_the_papers_algorithm(world, sigma_bar, samples, rho, mu, n_recur):
