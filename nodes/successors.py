@@ -122,7 +122,7 @@ class TFGGuidance:
             "mu": (
                 "FLOAT",
                 {
-                    "default": 0.5,
+                    "default": 1.0,
                     "min": 0.0,
                     "max": 1000.0,
                     "step": 0.01,

@@ -973,6 +973,23 @@ ELSEWHERE = {
         "test_face_loss.py",
         {"… needs the Python package …": "test_a_missing_package_is_named_with_the_command_that_installs_it"},
     ),
+    # what only a sampler, or a classifier, of another pack would do
+    **tested(
+        "test_diffrgd.py",
+        {
+            "…: this sampler adds its noise in a way that does not show the mean of its step": (
+                "test_a_sampler_that_hides_its_noise_is_refused"
+            )
+        },
+    ),
+    **tested(
+        "test_successors.py",
+        {
+            "…: this loss looks at the noisy image, and with preset …": (
+                "test_a_loss_on_noisy_latents_has_no_estimate_to_move"
+            )
+        },
+    ),
     # the network
     **tested(
         "test_clip_loss.py",
