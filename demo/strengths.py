@@ -23,6 +23,8 @@ from .run import CELL, FOOT, GAP, Prompt, Sheet, beside_workflow, load, node_of,
 FOLDER = PACK / "web" / "docs" / "strengths"
 LIMIT = 20_000  # bytes of a picture: the pack carries them all
 DSG, DEGRADE, SAMPLE = "SphereGuideDSG", "SphereGuideDegradeImage", "SamplerCustom"
+RGD, TFG = "SphereGuideDiffRGD", "SphereGuideTFG"
+TFG_SETTINGS = {"preset": "custom", "mu": 0.3, "n_iter": 4, "n_recur": 1, "sigma_bar": 0.0, "samples": 1}
 DPS, ILVR, SCALING = "SphereGuideDPS", "SphereGuideILVR", "SphereGuideEpsilonScaling"
 AMED, COMBINE, LOW_PASS = "SphereGuideAMEDSampler", "SphereGuideCombineLosses", "SphereGuideLowPassLoss"
 CUTOUTS = {"distance": "spherical", "cutouts": 4, "min_size": 0.5, "max_size": 1.0, "augment": True}
@@ -94,10 +96,15 @@ def epsilon(prompt: Prompt) -> None:
     prompt[node_of(prompt, "BasicScheduler")]["inputs"]["steps"] = 10
 
 
-def dps(prompt: Prompt) -> None:
-    guidance = prompt[node_of(prompt, DSG)]["inputs"]
+def in_place_of_dsg(class_type: str, **settings: Any) -> Callable[[Prompt], None]:
+    """Another method's node, with the settings that all share."""
     same = ("sampler", "loss", "vae", "interval", "start_percent", "end_percent", "gradient", "checkpointing")
-    replaced(prompt, DSG, DPS, step_size=1.0, **{key: guidance[key] for key in same})
+
+    def changed(prompt: Prompt) -> None:
+        guidance = prompt[node_of(prompt, DSG)]["inputs"]
+        replaced(prompt, DSG, class_type, **settings, **{key: guidance[key] for key in same})
+
+    return changed
 
 
 def over_loss(prompt: Prompt, class_type: str, nodes: dict[str, dict[str, object]]) -> None:
@@ -202,7 +209,11 @@ STRIPS = {
     "segmentation": Strip("toy_segmentation", (0.01, 0.1, 0.6), MAP),
     "style": Strip("toy_style", (0.02, 0.2, 0.8), STYLE),
     "faceid": Strip("toy_faceid", (0.02, 0.3, 0.8), PORTRAIT),
-    "dps": Strip("toy_super_resolution", (0.5, 10, 100), "degraded", dps, DPS, "step_size"),
+    "dps": Strip("toy_super_resolution", (0.5, 10, 100), "degraded", in_place_of_dsg(DPS), DPS, "step_size"),
+    "diffrgd": Strip(
+        "toy_super_resolution", (0.05, 10, 1000), "degraded", in_place_of_dsg(RGD, iterations=3), RGD, "step_size"
+    ),
+    "tfg": Strip("toy_super_resolution", (0.05, 3, 100), "degraded", in_place_of_dsg(TFG, **TFG_SETTINGS), TFG, "rho"),
     "ilvr": Strip("toy_deblur", (16, 4, 2), PORTRAIT, ilvr, ILVR, "factor"),
     "epsilon": Strip("toy_clip_text", (1.0, 1.08, 1.3), "", epsilon, SCALING, "b"),
     "calibrate": Strip("toy_calibrate", (16,), "", of=f"{SCALING}Calibrate", setting="samples", plot=560),
