@@ -6,7 +6,8 @@ The model is a Gaussian mixture with its exact denoiser, of 8, 80, 800 and 3072 
 deviation s = .15. Measured is y = A·x₀ + .05·noise, with A half of the coordinates (inpainting) or the means of four
 (averaging). The posterior is a mixture again, whose samples, means, variances and weights are known in closed form.
 
-Each method runs at the best of six strengths, chosen on other measurements by the sliced Wasserstein distance. Rows:
+Each method runs at the best of six strengths, chosen on other measurements by the sliced Wasserstein distance. `nfe`
+are the model calls that it takes: compare methods at equal ones. Rows:
 
     wasserstein   sliced Wasserstein-2 distance to exact samples of the posterior; `floor` is that of others of these
     mean_error    RMS error of the posterior mean
@@ -41,9 +42,11 @@ from comfy.k_diffusion.sampling import get_ancestral_step  # noqa: E402
 from processes import processes  # noqa: E402
 from result import Result  # noqa: E402
 from sphereguide.losses.base import Loss  # noqa: E402
+from sphereguide.samplers.diffrgd import Riemannian, riemannian_guided  # noqa: E402
 from sphereguide.samplers.dps import Posterior, posterior_guided  # noqa: E402
 from sphereguide.samplers.dsg import Guidance, guided  # noqa: E402
 from sphereguide.samplers.epsilon import with_post_cfg  # noqa: E402
+from sphereguide.samplers.tfg import Unified, unified_guided  # noqa: E402
 from sphereguide.samplers.trace import GuidanceTrace  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -65,11 +68,27 @@ def _dsg(sampler: comfy.samplers.KSAMPLER, loss: Loss, strength: float, trace: G
     return guided(sampler, Guidance(loss, guidance_rate=strength), trace)
 
 
+def _freedom(sampler: comfy.samplers.KSAMPLER, loss: Loss, strength: float, trace: GuidanceTrace) -> Any:
+    return unified_guided(sampler, Unified(loss, preset="FreeDoM", rho=strength), trace)
+
+
+def _tfg(sampler: comfy.samplers.KSAMPLER, loss: Loss, strength: float, trace: GuidanceTrace) -> Any:
+    return unified_guided(sampler, Unified(loss, rho=strength, mu=strength), trace)
+
+
+def _diffrgd(sampler: comfy.samplers.KSAMPLER, loss: Loss, strength: float, trace: GuidanceTrace) -> Any:
+    return riemannian_guided(sampler, Riemannian(loss, step_size=strength), trace)
+
+
 METHODS: dict[str, tuple[Method, tuple[float, ...]]] = {
     "DPS": (_dps, (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)),
     "DSG": (_dsg, (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)),
+    "FreeDoM": (_freedom, (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)),
+    "TFG": (_tfg, (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)),
+    "DiffRGD": (_diffrgd, (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)),
 }
-"""How to guide, and the strengths to choose from: ζ of DPS, g_r of DSG."""
+"""How to guide, and the strengths to choose from: ζ of DPS, g_r of DSG, ρ of FreeDoM (without time travel), ρ = μ of
+TFG, η of DiffRGD (three descents a step)."""
 
 
 @dataclass(frozen=True)
@@ -161,12 +180,13 @@ def mixture(problem: Problem) -> Any:
 
 def drawn(
     problem: Problem, y: Tensor, each: int, steps: int, method: str | None, strength: float, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Samples `[count, each, n]`, and ‖x_next − μ‖/(c·√n) of each step `[steps − 1, count·each]`."""
-    model, count, seen = mixture(problem), len(y) * each, []
+) -> tuple[Tensor, Tensor, int]:
+    """Samples `[count, each, n]`, ‖x_next − μ‖/(c·√n) of each step `[steps − 1, count·each]`, and the model calls."""
+    model, count, last = mixture(problem), len(y) * each, {}
 
     def note(args: dict[str, Any], sigmas: list[float]) -> Tensor:
-        seen.append((args["input"].detach().clone(), args["denoised"].detach().clone()))
+        # The sampler's own call is the last at its noise level; those of a method come before.
+        last[float(args["sigma"].max())] = args["input"].detach().clone(), args["denoised"].detach().clone()
         return args["denoised"]
 
     with torch.inference_mode():
@@ -181,13 +201,13 @@ def drawn(
         guider.set_cfg(1.0)
         noise = torch.randn(count, *SHAPES[problem.dim], generator=torch.manual_seed(seed))
         found = guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=seed)
-    radii = []
+    radii, seen = [], list(last.values())
     for i in range(steps - 1):
         (x, denoised), (reached, _) = seen[i], seen[i + 1]
         down, up = get_ancestral_step(sigmas[i], sigmas[i + 1])
         off = reached - (denoised + down / sigmas[i] * (x - denoised))
         radii.append(off.flatten(1).square().mean(1).sqrt() / up)
-    return found.flatten(1).unflatten(0, (-1, each)).clone(), torch.stack(radii)
+    return found.flatten(1).unflatten(0, (-1, each)).clone(), torch.stack(radii), model.model.calls
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = 128) -> float:
@@ -200,7 +220,7 @@ def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = 128) -> float:
 def measured(problem: Problem, steps: int, method: str | None, strength: float, tuning: bool) -> dict[str, float]:
     count, seed = (TUNED_ON, 1) if tuning else (MEASURED_ON, 2)
     truth, y = problem.truth(seed, count)
-    found, radii = drawn(problem, y, EACH, steps, method, strength, seed)
+    found, radii, nfe = drawn(problem, y, EACH, steps, method, strength, seed)
     exact = problem.samples(y, EACH, 10)
     wasserstein = sliced_wasserstein(found, exact)
     if tuning:
@@ -210,6 +230,7 @@ def measured(problem: Problem, steps: int, method: str | None, strength: float, 
     share = torch.nn.functional.one_hot(mode, MODES).float().mean(1)
     own = (found - found.mean(1, keepdim=True)).square().sum(1).mean(-1) / (EACH - 1)
     return {
+        "nfe": nfe,
         "wasserstein": wasserstein,
         "floor": sliced_wasserstein(problem.samples(y, EACH, 11), exact),
         "mean_error": float((found.mean(1) - mean).square().mean().sqrt()),
@@ -256,7 +277,7 @@ def main() -> None:
     dims, steps_of = ([8, 80], STEPS[1:]) if options.quick else ([*SHAPES], STEPS)
     settings = {"sampler": "euler_ancestral", "scheduler": "normal", "modes": MODES, "std": STD, "noise": NOISE}
     result = Result("posterior", {**settings, "measurements": MEASURED_ON, "samples": EACH}, options.json)
-    print(f"{'':34}strength  wasserst.  floor   mean    std  weights  radius  off shell")
+    print(f"{'':33}calls strength  wasserst.  floor   mean    std  weights  radius  off shell")
     with processes() as pool:
         for task in TASKS:
             for dim in dims:
@@ -265,7 +286,7 @@ def main() -> None:
                     for method in (None, *METHODS):
                         row = one(pool, result, problem, steps, method)
                         print(
-                            f"{task:11}{dim:6}{steps:5} {row['method']:10}{row['strength'] or 0:9g}"
+                            f"{task:11}{dim:6}{steps:5} {row['method']:10}{row['nfe']:5}{row['strength'] or 0:9g}"
                             + "".join(f"{row[key]:9.3f}" for key in ("wasserstein", "floor", "mean_error", "std_ratio"))
                             + "".join(f"{row[key]:9.3f}" for key in ("weights", "radius", "off_shell")),
                             flush=True,
@@ -285,7 +306,7 @@ def one(pool: Any, result: Result, problem: Problem, steps: int, method: str | N
             tried = [pool.submit(measured, problem, steps, method, value, True) for value in values]
             strength = values[int(np.argmin([job.result()["wasserstein"] for job in tried]))]
         found = pool.submit(measured, problem, steps, method, strength or 0.0, False).result()
-        row = {**cell, "strength": strength, "nfe": steps, **{key: round(value, 4) for key, value in found.items()}}
+        row = {**cell, "strength": strength, **{key: round(value, 4) for key, value in found.items()}}
         row["n"] = MEASURED_ON * EACH
         result.add(row)
     return row
