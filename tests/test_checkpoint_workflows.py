@@ -37,6 +37,7 @@ SMALL: dict[str, dict[str, Any]] = {  # and networks that come with the pack
     "SphereGuideSegmentationTarget": {"class_name": "skin"},
 }
 TINY = {"width": 16, "height": 16}
+STEPS = {"values": "2, 5"}
 TRAINING = {"cfg": 1.0, "steps": 1, "teacher_points": 1, "trajectories": 64, "batch_size": 64, "epochs": 1}
 STEERED = [name for name in checkpoints.WORKFLOWS if not name.endswith(("amed_train", "amed_sample", "scaling"))]
 UNETS = ["sd15", "sdxl"]
@@ -53,7 +54,8 @@ def run(comfy_server: ComfyServer) -> Iterator[Callable[..., Any]]:
         prompt = of_family(family, json.loads((API / f"{name}.json").read_text(encoding="utf-8")))
         for node in prompt.values():
             kind, inputs = node["class_type"], node["inputs"]
-            inputs |= {**SMALL.get(kind, {}), **changes.get(kind, {})}
+            small = {**SMALL.get(kind, {}), **changes.get(kind, {})}
+            inputs |= {name: value for name, value in small.items() if not isinstance(inputs.get(name), list)}
             if kind == "CLIPTextEncode":  # the same in all of them: the host does not encode it again
                 inputs["text"] = node["_meta"]["title"]
         file = prompt[node_of(prompt, "CheckpointLoaderSimple")]["inputs"]["ckpt_name"]
@@ -102,14 +104,15 @@ def test_epsilon_scaling_runs_on_its_checkpoint_and_changes_the_picture(run: Any
 def test_a_predictor_is_trained_for_its_checkpoint_and_drawn_with(run: Any) -> None:
     done, prompt, (drawn,) = run("sd15_amed_train", SphereGuideAMEDTrain=TRAINING, EmptyLatentImage=TINY)
     assert "ipndm with 2 model calls" in done.outputs[node_of(prompt, "SphereGuideAMEDTrain")]["text"][0]
-    _, _, (learned, stock, fifty) = run("sd15_amed_sample", EmptyLatentImage=TINY)
+    _, _, (learned, stock, fifty) = run("sd15_amed_sample", EmptyLatentImage=TINY, SphereGuideSweep=STEPS)
     assert drawn.shape == learned.shape == (16, 16, 3)
     assert np.abs(learned - stock).mean() > 0 and np.abs(stock - fifty).mean() > 0
 
 
 def test_a_predictor_is_drawn_with_on_a_large_checkpoint(run: Any) -> None:
     of_another = {"name": "toy_portraits_ipndm_6.safetensors"}
-    _, _, (learned, stock, _) = run("sdxl_amed_sample", EmptyLatentImage=TINY, SphereGuideAMEDLoad=of_another)
+    changes = {"SphereGuideAMEDLoad": of_another, "SphereGuideSweep": STEPS}
+    _, _, (learned, stock, _) = run("sdxl_amed_sample", EmptyLatentImage=TINY, **changes)
     assert learned.shape == (16, 16, 3) and np.abs(learned - stock).mean() > 0
 
 

@@ -6,6 +6,7 @@ import contextlib
 import sys
 from types import SimpleNamespace
 
+import comfy.model_management
 import comfy.samplers
 import gaussian_mixture
 import pytest
@@ -236,7 +237,8 @@ def test_out_of_memory_in_the_gradient_is_tried_again_with_checkpointing(monkeyp
 
 def test_the_host_is_told_what_a_gradient_needs(monkeypatch):
     told = []
-    management = SimpleNamespace(load_models_gpu=lambda patchers, memory: told.append(memory))
+    own = vars(comfy.model_management) | {"load_models_gpu": lambda patchers, memory: told.append(memory)}
+    management = SimpleNamespace(**own)
     monkeypatch.setattr(kernel, "comfy", SimpleNamespace(model_management=management, samplers=comfy.samplers))
     model = tiny_models.sd15()
     for settings in ({"gradient": "fast"}, {"checkpointing": True}, {}):
