@@ -187,35 +187,58 @@ def checked(sampler: Any, method: type[Objective]) -> comfy.samplers.KSAMPLER:
     return sampler
 
 
-class DSGGuidance:
-    DESCRIPTION = (
-        "Steers a sampler towards whatever the loss asks for, with any model and without training. It turns the noise "
-        "that the sampler adds at each step, and keeps its length, so that images stay in the range that the model "
-        "knows. For samplers that add noise, such as euler_ancestral, ddpm or dpmpp_2m_sde. "
-        "DSG, Yang et al., ICML 2024, arXiv 2402.03201."
-    )
+class GuidanceNode:
+    """A node that guides a sampler: the method's objective, and what makes a guided sampler of it."""
+
     CATEGORY = "SphereGuide/guidance"
     FUNCTION = "guide"
     RETURN_TYPES = ("SAMPLER", "GUIDANCE_TRACE")
     RETURN_NAMES = ("sampler", "trace")
     OUTPUT_TOOLTIPS = ("The guided sampler, for SamplerCustom or SamplerCustomAdvanced.", TRACE_TOOLTIP)
-    SEARCH_ALIASES = ["dsg", "loss guidance", "training-free guidance", "steer", "universal guidance", "freedom", "dps"]
 
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": SAMPLER | LOSS | RATE | STEPS, "optional": DSG_OPTIONS, "hidden": HIDDEN}
+    KIND: type[Objective]
+
+    def guided(self, sampler: comfy.samplers.KSAMPLER, objective: Any, trace: GuidanceTrace) -> comfy.samplers.KSAMPLER:
+        raise NotImplementedError
+
+    def objective(self, loss: Loss, vae: Any, decode_scale: float, **settings: Any) -> Any:
+        """Raises ValueError, for the page, for settings that guide nothing."""
+        return objective(self.KIND, loss, vae, decode_scale, **settings)
 
     def guide(
         self,
         sampler: comfy.samplers.KSAMPLER,
         loss: Loss,
         vae: Any = None,
+        decode_scale: float = 1.0,
         unique_id: str | None = None,
         **settings: Any,
     ) -> tuple[comfy.samplers.KSAMPLER, GuidanceTrace]:
-        checked(sampler, Guidance)
+        checked(sampler, self.KIND)
         trace = GuidanceTrace(unique_id)
-        return guided(sampler, dsg(loss, vae, **settings), trace), trace
+        return self.guided(sampler, self.objective(loss, vae, decode_scale, **settings), trace), trace
+
+
+class DSGGuidance(GuidanceNode):
+    DESCRIPTION = (
+        "Steers a sampler towards whatever the loss asks for, with any model and without training. It turns the noise "
+        "that the sampler adds at each step, and keeps its length, so that images stay in the range that the model "
+        "knows. For samplers that add noise, such as euler_ancestral, ddpm or dpmpp_2m_sde. "
+        "DSG, Yang et al., ICML 2024, arXiv 2402.03201."
+    )
+    SEARCH_ALIASES = ["dsg", "loss guidance", "training-free guidance", "steer", "universal guidance", "freedom", "dps"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": SAMPLER | LOSS | RATE | STEPS, "optional": DSG_OPTIONS, "hidden": HIDDEN}
+
+    KIND = Guidance
+
+    def guided(self, sampler: comfy.samplers.KSAMPLER, objective: Any, trace: GuidanceTrace) -> comfy.samplers.KSAMPLER:
+        return guided(sampler, objective, trace)
+
+    def objective(self, loss: Loss, vae: Any, decode_scale: float, **settings: Any) -> Guidance:
+        return dsg(loss, vae, decode_scale, **settings)
 
 
 class DSGGuidanceModel:
@@ -337,17 +360,12 @@ class DSGKSampler:
         return host.sample_latent(model, latent_image, seed, cfg, sampler, sigmas, positive, negative), trace
 
 
-class DPSGuidance:
+class DPSGuidance(GuidanceNode):
     DESCRIPTION = (
         "Steers a sampler by plain gradient steps, as the method that DSG grew from: for comparison. The step size "
         "suits one loss, model and number of steps at a time; too large, and the image breaks. For samplers that add "
         "noise. DPS, Chung et al., ICLR 2023, arXiv 2209.14687."
     )
-    CATEGORY = "SphereGuide/guidance"
-    FUNCTION = "guide"
-    RETURN_TYPES = ("SAMPLER", "GUIDANCE_TRACE")
-    RETURN_NAMES = ("sampler", "trace")
-    OUTPUT_TOOLTIPS = ("The guided sampler, for SamplerCustom or SamplerCustomAdvanced.", TRACE_TOOLTIP)
     SEARCH_ALIASES = ["dps", "posterior sampling", "inverse problem", "loss guidance", "baseline"]
 
     @classmethod
@@ -369,18 +387,10 @@ class DPSGuidance:
         }
         return {"required": SAMPLER | LOSS | size | STEPS, "optional": VAE | DECODE_SIZE, "hidden": HIDDEN}
 
-    def guide(
-        self,
-        sampler: comfy.samplers.KSAMPLER,
-        loss: Loss,
-        vae: Any = None,
-        decode_scale: float = 1.0,
-        unique_id: str | None = None,
-        **settings: Any,
-    ) -> tuple[comfy.samplers.KSAMPLER, GuidanceTrace]:
-        checked(sampler, Posterior)
-        trace = GuidanceTrace(unique_id)
-        return posterior_guided(sampler, objective(Posterior, loss, vae, decode_scale, **settings), trace), trace
+    KIND = Posterior
+
+    def guided(self, sampler: comfy.samplers.KSAMPLER, objective: Any, trace: GuidanceTrace) -> comfy.samplers.KSAMPLER:
+        return posterior_guided(sampler, objective, trace)
 
 
 NODES = {

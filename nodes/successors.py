@@ -10,20 +10,15 @@ from ..losses.base import Loss
 from ..samplers.diffrgd import Riemannian, riemannian_guided
 from ..samplers.tfg import PRESETS, Unified, unified_guided
 from ..samplers.trace import GuidanceTrace
-from .guidance import DECODE_SIZE, HIDDEN, LOSS, SAMPLER, STEPS, TRACE_TOOLTIP, VAE, checked, objective
+from .guidance import DECODE_SIZE, HIDDEN, LOSS, SAMPLER, STEPS, VAE, GuidanceNode
 
 
-class DiffRGDGuidance:
+class DiffRGDGuidance(GuidanceNode):
     DESCRIPTION = (
         "Steers a sampler by gradient steps on the sphere of the noise that it drew, taken where its step leads to: "
         "the closest follower of DSG, nearer to the loss in as many steps, with more model calls in each. For samplers "
         "that add noise. DiffRGD, Liao et al., ECCV 2026, arXiv 2606.28417."
     )
-    CATEGORY = "SphereGuide/guidance"
-    FUNCTION = "guide"
-    RETURN_TYPES = ("SAMPLER", "GUIDANCE_TRACE")
-    RETURN_NAMES = ("sampler", "trace")
-    OUTPUT_TOOLTIPS = ("The guided sampler, for SamplerCustom or SamplerCustomAdvanced.", TRACE_TOOLTIP)
     SEARCH_ALIASES = ["diffrgd", "riemannian", "sphere", "loss guidance", "training-free guidance", "inverse problem"]
 
     @classmethod
@@ -57,31 +52,18 @@ class DiffRGDGuidance:
         }
         return {"required": SAMPLER | LOSS | descent | STEPS, "optional": VAE | DECODE_SIZE, "hidden": HIDDEN}
 
-    def guide(
-        self,
-        sampler: comfy.samplers.KSAMPLER,
-        loss: Loss,
-        vae: Any = None,
-        decode_scale: float = 1.0,
-        unique_id: str | None = None,
-        **settings: Any,
-    ) -> tuple[comfy.samplers.KSAMPLER, GuidanceTrace]:
-        checked(sampler, Riemannian)
-        trace = GuidanceTrace(unique_id)
-        return riemannian_guided(sampler, objective(Riemannian, loss, vae, decode_scale, **settings), trace), trace
+    KIND = Riemannian
+
+    def guided(self, sampler: comfy.samplers.KSAMPLER, objective: Any, trace: GuidanceTrace) -> comfy.samplers.KSAMPLER:
+        return riemannian_guided(sampler, objective, trace)
 
 
-class TFGGuidance:
+class TFGGuidance(GuidanceNode):
     DESCRIPTION = (
         "Steers a sampler by a method that holds most others: gradient steps on the noisy image, on the estimate of "
         "the finished one, or on both, with smoothing and repetitions. preset makes it DPS, LGD-MC, FreeDoM, MPGD or "
         "UGD. For samplers that add noise. TFG, Ye et al., NeurIPS 2024, arXiv 2409.15761."
     )
-    CATEGORY = "SphereGuide/guidance"
-    FUNCTION = "guide"
-    RETURN_TYPES = ("SAMPLER", "GUIDANCE_TRACE")
-    RETURN_NAMES = ("sampler", "trace")
-    OUTPUT_TOOLTIPS = ("The guided sampler, for SamplerCustom or SamplerCustomAdvanced.", TRACE_TOOLTIP)
     SEARCH_ALIASES = [
         "tfg",
         "training-free guidance",
@@ -185,25 +167,20 @@ class TFGGuidance:
         }
         return {"required": SAMPLER | LOSS | space | STEPS, "optional": VAE | DECODE_SIZE, "hidden": HIDDEN}
 
-    def guide(
-        self,
-        sampler: comfy.samplers.KSAMPLER,
-        loss: Loss,
-        vae: Any = None,
-        decode_scale: float = 1.0,
-        unique_id: str | None = None,
-        **settings: Any,
-    ) -> tuple[comfy.samplers.KSAMPLER, GuidanceTrace]:
-        checked(sampler, Unified)
-        unified = objective(Unified, loss, vae, decode_scale, **settings)
+    KIND = Unified
+
+    def guided(self, sampler: comfy.samplers.KSAMPLER, objective: Any, trace: GuidanceTrace) -> comfy.samplers.KSAMPLER:
+        return unified_guided(sampler, objective, trace)
+
+    def objective(self, loss: Loss, vae: Any, decode_scale: float, **settings: Any) -> Unified:
+        unified = super().objective(loss, vae, decode_scale, **settings)
         if loss.space == "noisy" and unified.resolved.rho == 0:
             raise ValueError(
                 f"{Unified.METHOD}: this loss looks at the noisy image, and with preset {unified.preset} and rho "
                 f"{unified.rho:g} only the estimate of the finished one would be moved. Set rho above 0, or preset to "
                 "another than MPGD."
             )
-        trace = GuidanceTrace(unique_id)
-        return unified_guided(sampler, unified, trace), trace
+        return unified
 
 
 NODES = {
