@@ -190,7 +190,12 @@ class Bench:
     def __init__(self, result: Result, pool: ProcessPoolExecutor, kept: Path, options: argparse.Namespace) -> None:
         self.result, self.pool, self.kept, self.options = result, pool, kept, options
         kept.mkdir(parents=True, exist_ok=True)
-        self.reference: Tensor | None = None
+
+    @functools.cached_property
+    def reference(self) -> Tensor:
+        """The latents that all trajectories lead to."""
+        fine = self.options.fine
+        return self.gathered(latents, Cell(REFERENCE, "polynomial", False, 2 * fine, fine), self.options.trajectories)
 
     def gathered(self, function: Any, cell: Cell, count: int) -> Tensor:
         """`function` of the first `count` trajectories: from the disk, where an interrupted run left it."""
@@ -203,10 +208,6 @@ class Bench:
 
     def distances(self, cell: Cell, count: int) -> np.ndarray:
         """How far the latents of each trajectory are off the reference, `[count]`."""
-        if self.reference is None:
-            self.reference = self.gathered(
-                latents, Cell(REFERENCE, "polynomial", False, 2 * self.options.fine, self.options.fine), count
-            )
         off = self.gathered(latents, cell, count) - self.reference[:count]
         return off.square().flatten(1).mean(1).sqrt().numpy()
 

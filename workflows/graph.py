@@ -26,7 +26,6 @@ TYPES = {
     "ImageScale": Type({"image": "IMAGE"}, {"IMAGE": "IMAGE"}),
     "KSamplerSelect": Type({}, {"SAMPLER": "SAMPLER"}),
     "LoadImage": Type({}, {"IMAGE": "IMAGE", "MASK": "MASK"}),
-    "LatentBatch": Type({"samples1": "LATENT", "samples2": "LATENT"}, {"LATENT": "LATENT"}),
     "MaskComposite": Type({"destination": "MASK", "source": "MASK"}, {"MASK": "MASK"}),
     "PreviewImage": Type({"images": "IMAGE"}),
     "SamplerCustom": Type(
@@ -47,17 +46,6 @@ TYPES = {
     "SphereGuideDSG": Type(
         {"sampler": "SAMPLER", "loss": "GUIDANCE_LOSS", "vae": "VAE"},
         {"sampler": "SAMPLER", "trace": "GUIDANCE_TRACE"},
-    ),
-    "SphereGuideKSampler": Type(
-        {
-            "model": "MODEL",
-            "positive": "CONDITIONING",
-            "negative": "CONDITIONING",
-            "latent_image": "LATENT",
-            "loss": "GUIDANCE_LOSS",
-            "vae": "VAE",
-        },
-        {"latent": "LATENT", "trace": "GUIDANCE_TRACE"},
     ),
     "SphereGuideAMEDLoad": Type({}, {"predictor": "AMED_PREDICTOR", "about": "STRING"}),
     "SphereGuideAMEDSampler": Type({"predictor": "AMED_PREDICTOR"}, {"sampler": "SAMPLER"}),
