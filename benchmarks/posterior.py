@@ -38,14 +38,13 @@ import comfy.samplers  # noqa: E402
 import gaussian_mixture  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from comfy.k_diffusion.sampling import get_ancestral_step  # noqa: E402
 from processes import processes  # noqa: E402
 from result import Result  # noqa: E402
+from shell import Shell  # noqa: E402
 from sphereguide.losses.base import Loss  # noqa: E402
 from sphereguide.samplers.diffrgd import Riemannian, riemannian_guided  # noqa: E402
 from sphereguide.samplers.dps import Posterior, posterior_guided  # noqa: E402
 from sphereguide.samplers.dsg import Guidance, guided  # noqa: E402
-from sphereguide.samplers.epsilon import with_post_cfg  # noqa: E402
 from sphereguide.samplers.tfg import Unified, unified_guided  # noqa: E402
 from sphereguide.samplers.trace import GuidanceTrace  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -182,32 +181,20 @@ def drawn(
     problem: Problem, y: Tensor, each: int, steps: int, method: str | None, strength: float, seed: int
 ) -> tuple[Tensor, Tensor, int]:
     """Samples `[count, each, n]`, ‖x_next − μ‖/(c·√n) of each step `[steps − 1, count·each]`, and the model calls."""
-    model, count, last = mixture(problem), len(y) * each, {}
-
-    def note(args: dict[str, Any], sigmas: list[float]) -> Tensor:
-        # The sampler's own call is the last at its noise level; those of a method come before.
-        last[float(args["sigma"].max())] = args["input"].detach().clone(), args["denoised"].detach().clone()
-        return args["denoised"]
-
+    model, count, shell = mixture(problem), len(y) * each, Shell()
     with torch.inference_mode():
         sampler = comfy.samplers.sampler_object("euler_ancestral")
         if method is not None:
             loss = Measured(problem, y.repeat_interleave(each, 0))
             sampler = METHODS[method][0](sampler, loss, strength, GuidanceTrace())
-        sampler = with_post_cfg(sampler, note)
+        sampler = shell.watched(sampler)
         sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, "normal", steps)
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(gaussian_mixture.conditioning(), gaussian_mixture.conditioning())
         guider.set_cfg(1.0)
         noise = torch.randn(count, *SHAPES[problem.dim], generator=torch.manual_seed(seed))
         found = guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=seed)
-    radii, seen = [], list(last.values())
-    for i in range(steps - 1):
-        (x, denoised), (reached, _) = seen[i], seen[i + 1]
-        down, up = get_ancestral_step(sigmas[i], sigmas[i + 1])
-        off = reached - (denoised + down / sigmas[i] * (x - denoised))
-        radii.append(off.flatten(1).square().mean(1).sqrt() / up)
-    return found.flatten(1).unflatten(0, (-1, each)).clone(), torch.stack(radii), model.model.calls
+    return found.flatten(1).unflatten(0, (-1, each)).clone(), shell.radii(sigmas), model.model.calls
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = 128) -> float:
@@ -238,7 +225,7 @@ def measured(problem: Problem, steps: int, method: str | None, strength: float, 
         "weights": float((share - problem.weights(y)).abs().sum(1).mean() / 2),
         "rmse": float((found - truth[:, None]).square().mean().sqrt()),
         "radius": float(radii.mean()),
-        "off_shell": float(((radii - 1).abs() > 3 / (2 * problem.dim) ** 0.5).float().mean()),
+        "off_shell": float(Shell.off(radii, problem.dim).float().mean()),
     }
 
 

@@ -1,0 +1,448 @@
+"""What guidance restores of measured pictures: DSG beside the methods that it grew from, and those that followed it.
+
+    python quickstart.py bench inverse [--quick] [--json FILE]
+
+Half of the pixels or more are missing (`inpainting`, 30 to 70 % of them), or the picture is four times smaller
+(`super-resolution`), or blurred (`gaussian deblur`, kernel 61, sigma 3), and has noise of .05 for pixels in -1..1. What
+is restored are portraits that chose no setting, with an empty prompt; all cells share measurements and noise. Rows:
+
+    settings     published: what the method's authors give for this task, unscaled. tuned: the strength that has the
+                 best mean PSNR on other portraits, found in the same number of tries for each method, steps and task
+    nfe          model calls; DiffRGD takes four a step, so it has a quarter of the steps
+    psnr, ssim   to the original, with 95 % intervals of the bootstrap
+    over_dsg     PSNR less that of DSG with published settings at as many calls, paired, and its interval
+    frechet      distance of a judge's features, which nothing was trained on, between the restored and 2048 portraits:
+                 comparable between rows of the same n only
+    misfit       RMS of y − A(x), where .025 is that of the noise
+    off_shell    share of steps whose ‖x_next − μ‖ is none that Gaussian noise has: off by three of its deviations
+    diversity    RMS distance between pictures of one measurement and different noise, and that of unguided ones
+
+FreeDoM's authors give no setting for these tasks. 1000 steps take the strength tuned at 100. Guidance decodes in
+bfloat16, which takes half of the time; the pictures that are measured are decoded in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "demo"), str(ROOT / "benchmarks")]
+from bootstrap import import_host, import_pack  # noqa: E402
+
+import_host(cpu=False, pytorch_attention=True)
+import_pack()
+
+import comfy.samplers  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from judged import real_features  # noqa: E402
+from processes import processes  # noqa: E402
+from result import Result  # noqa: E402
+from shell import Shell  # noqa: E402
+from skimage.metrics import structural_similarity  # noqa: E402
+from sphereguide import host  # noqa: E402
+from sphereguide.demo import judge as judging  # noqa: E402
+from sphereguide.demo import portraits, toy_portraits  # noqa: E402
+from sphereguide.losses.base import Loss  # noqa: E402
+from sphereguide.losses.measurement import (  # noqa: E402
+    GaussianDeblur,
+    Inpainting,
+    SuperResolution,
+    downsample,
+    gaussian_blur,
+)
+from sphereguide.models.decoder import Decoder  # noqa: E402
+from sphereguide.samplers.diffrgd import Riemannian, riemannian_guided  # noqa: E402
+from sphereguide.samplers.dps import Posterior, posterior_guided  # noqa: E402
+from sphereguide.samplers.dsg import Guidance, guided  # noqa: E402
+from sphereguide.samplers.kernel import noise_of  # noqa: E402
+from sphereguide.samplers.tfg import Unified, unified_guided  # noqa: E402
+from sphereguide.samplers.trace import GuidanceTrace  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+SHAPE, ELEMENTS = (4, 16, 16), 4 * 16 * 16
+NOISE = 0.025
+FACTOR, KERNEL_SIZE, BLUR = 4, 61, 3.0
+TASKS = ("inpainting", "super-resolution", "gaussian deblur")
+NFE = (100, 50, 20)
+MANY, FEW = 1000, 8
+"""Steps of the longest run, and how many portraits it restores."""
+CHUNK = 4
+TUNED_ON, TRIES = 4, 5
+REFERENCES = 2048
+DIVERSITY = {"rates": (0.0, 0.05, 0.1, 0.2, 0.4, 0.8), "measurements": 4, "each": 8, "steps": 50}
+
+DSG_PUBLISHED = {
+    "inpainting": {1000: (5, 0.2), 100: (1, 0.2), 50: (1, 0.2), 20: (1, 0.2)},
+    "super-resolution": {1000: (20, 0.2), 100: (2, 0.1), 50: (1, 0.1), 20: (1, 0.2)},
+    "gaussian deblur": {1000: (5, 0.2), 100: (1, 0.1), 50: (1, 0.1)},
+}
+"""Interval and rate, table 7 of the paper. None is given for blur and 20 steps."""
+DPS_PUBLISHED = {"inpainting": 0.5, "super-resolution": 0.3, "gaussian deblur": 0.3}
+"""ζ' of the authors' configurations, for pictures in -1..1: for ours in 0..1 the residual is half of theirs."""
+DESCENTS = 3
+TFG_PUBLISHED = {"super-resolution": (4.0, 2.0, 0.01), "gaussian deblur": (1.0, 8.0, 0.01)}
+"""ρ, μ, σ̄, at N_iter 4, whose ratios are kept. None is given for inpainting."""
+DEAR = {"TFG": NFE[1:]}
+"""What takes thrice the time for a model call is measured with fewer."""
+
+Steer = Callable[[Any, Loss, Decoder, "Cell", GuidanceTrace], Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`strength` is guidance_rate of DSG, ζ of DPS, ρ of FreeDoM, η of DiffRGD, and what TFG's ρ and μ both count."""
+
+    task: str
+    method: str
+    nfe: int
+    strength: float = 0.0
+    interval: int = 1
+
+    @property
+    def steps(self) -> int:
+        return self.nfe // (DESCENTS + 1) if self.method == "DiffRGD" else self.nfe
+
+
+def _dsg(sampler: Any, loss: Loss, decode: Decoder, cell: Cell, trace: GuidanceTrace) -> Any:
+    return guided(sampler, Guidance(loss, decode, interval=cell.interval, guidance_rate=cell.strength), trace)
+
+
+def _dps(sampler: Any, loss: Loss, decode: Decoder, cell: Cell, trace: GuidanceTrace) -> Any:
+    return posterior_guided(sampler, Posterior(loss, decode, step_size=cell.strength), trace)
+
+
+def _freedom(sampler: Any, loss: Loss, decode: Decoder, cell: Cell, trace: GuidanceTrace) -> Any:
+    return unified_guided(sampler, Unified(loss, decode, preset="FreeDoM", rho=cell.strength), trace)
+
+
+def _tfg(sampler: Any, loss: Loss, decode: Decoder, cell: Cell, trace: GuidanceTrace) -> Any:
+    rho, mu, sigma_bar = TFG_PUBLISHED.get(cell.task, (1.0, 1.0, 0.01))
+    rho, mu = cell.strength * rho, cell.strength * mu
+    return unified_guided(sampler, Unified(loss, decode, rho=rho, mu=mu, sigma_bar=sigma_bar), trace)
+
+
+def _diffrgd(sampler: Any, loss: Loss, decode: Decoder, cell: Cell, trace: GuidanceTrace) -> Any:
+    descent = Riemannian(loss, decode, step_size=cell.strength, iterations=DESCENTS)
+    return riemannian_guided(sampler, descent, trace)
+
+
+METHODS: dict[str, tuple[Steer, float]] = {
+    "DPS": (_dps, 2.0),
+    "FreeDoM": (_freedom, 2.0),
+    "DSG": (_dsg, 0.1),
+    "TFG": (_tfg, 1.0),
+    "DiffRGD": (_diffrgd, 5.0),
+}
+"""How to guide, and the strength that tuning tries first."""
+
+
+def published(task: str, method: str, nfe: int) -> tuple[float, int] | None:
+    """Strength and interval that the authors give, if they give any."""
+    if method == "DSG" and nfe in DSG_PUBLISHED[task]:
+        interval, rate = DSG_PUBLISHED[task][nfe]
+        return rate, interval
+    if method == "DPS":
+        return 2 * DPS_PUBLISHED[task], 1
+    return None
+
+
+@functools.cache
+def loaded() -> tuple[Any, Any, Any, Any]:
+    """MODEL, the empty prompt, a VAE in float32, and one in bfloat16. As nodes would do it: in inference mode."""
+    with torch.inference_mode():
+        model, clip = toy_portraits.load_model(), toy_portraits.load_clip()
+        exact, fast = toy_portraits.load_vae(), toy_portraits.load_vae()
+        fast.vae_dtype = torch.bfloat16
+        fast.first_stage_model.to(torch.bfloat16)
+        return model, host.encoded(clip, ""), exact, fast
+
+
+def originals(seeds: list[int]) -> Tensor:
+    """`[B, 3, 128, 128]`, 0..1."""
+    return judging.to_tensor(np.stack([portraits.render(seed) for seed in seeds]))
+
+
+def measurement(task: str, seeds: list[int]) -> Loss:
+    """‖y − A(x̂₀)‖₂ of degraded portraits, each with noise of its own."""
+    degraded, masks = [], []
+    for seed, picture in zip(seeds, originals(seeds), strict=True):
+        generator = torch.Generator().manual_seed(seed)
+        y = picture[None]
+        missing = 0.3 + 0.4 * torch.rand((), generator=generator)
+        masks.append((torch.rand(1, 1, *y.shape[-2:], generator=generator) < missing).float())
+        if task == "super-resolution":
+            y = downsample(y, FACTOR)
+        elif task == "gaussian deblur":
+            y = gaussian_blur(y, KERNEL_SIZE, BLUR)
+        degraded.append(y + NOISE * torch.randn(y.shape, generator=generator))
+    y = torch.cat(degraded)
+    if task == "inpainting":
+        return Inpainting(y, torch.cat(masks))
+    return SuperResolution(y, FACTOR) if task == "super-resolution" else GaussianDeblur(y, KERNEL_SIZE, BLUR)
+
+
+@dataclass
+class Restored:
+    """pictures `[B, 3, 128, 128]` in 0..1; psnr, ssim, misfit `[B]`; off `[steps − 1, B]`."""
+
+    pictures: Tensor
+    psnr: Tensor
+    ssim: Tensor
+    misfit: Tensor
+    off: Tensor
+
+    @classmethod
+    def joined(cls, parts: list[Restored]) -> Restored:
+        first = [torch.cat([getattr(part, name) for part in parts]) for name in ("pictures", "psnr", "ssim", "misfit")]
+        return cls(*first, torch.cat([part.off for part in parts], 1))
+
+
+def restored(cell: Cell, seeds: list[int], draws: list[int]) -> Restored:
+    """Of the portraits `seeds`, each from the noise with its number in `draws`."""
+    model, empty, exact, fast = loaded()
+    with torch.inference_mode():
+        loss = measurement(cell.task, seeds)
+        sampler, shell = comfy.samplers.sampler_object("euler_ancestral"), Shell()
+        if cell.method != "unguided":
+            sampler = METHODS[cell.method][0](sampler, loss, Decoder(fast), cell, GuidanceTrace())
+        sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, "normal", cell.steps)
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(empty, empty)
+        guider.set_cfg(1.0)
+        noise = torch.stack([noise_of(SHAPE, 0, draw) for draw in draws])
+        torch.manual_seed(draws[0])  # hosts of 2024 draw a sampler's noise from the global generator
+        watched = shell.watched(sampler)
+        out = guider.sample(noise, torch.zeros_like(noise), watched, sigmas, disable_pbar=True, seed=draws[0])
+        pictures = exact.decode(out).movedim(-1, 1).clamp(0, 1)
+        truth = originals(seeds)
+        misfit = loss(pictures) / loss.measurement[0].numel() ** 0.5
+        if cell.task == "inpainting":
+            misfit = misfit / loss.known.mean((1, 2, 3)).sqrt()
+        return Restored(
+            pictures.clone(),
+            -10 * (pictures - truth).square().mean((1, 2, 3)).log10(),
+            torch.tensor([similarity(a, b) for a, b in zip(pictures, truth, strict=True)]),
+            misfit.clone(),
+            Shell.off(shell.radii(sigmas), ELEMENTS),
+        )
+
+
+def similarity(a: Tensor, b: Tensor) -> float:
+    """SSIM with the Gaussian window of its authors."""
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    return float(structural_similarity(a.numpy(), b.numpy(), channel_axis=0, data_range=1.0, **options))
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95 %, of the mean."""
+    rng = np.random.default_rng(0)
+    means = values[rng.integers(len(values), size=(2000, len(values)))].mean(1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return round(float(low), 3), round(float(high), 3)
+
+
+class Bench:
+    def __init__(self, result: Result, pool: Any, count: int) -> None:
+        self.result, self.pool, self.count = result, pool, count
+        self.judge = judging.load(toy_portraits.WEIGHTS)
+
+    @functools.cached_property
+    def real(self) -> Tensor:
+        return real_features(portraits.TEST_SEEDS[1000 : 1000 + REFERENCES])
+
+    def of(self, cell: Cell, seeds: list[int], draws: list[int]) -> Restored:
+        chunks = [slice(start, start + CHUNK) for start in range(0, len(seeds), CHUNK)]
+        jobs = [self.pool.submit(restored, cell, seeds[chunk], draws[chunk]) for chunk in chunks]
+        return Restored.joined([job.result() for job in jobs])
+
+    def tuned(self, task: str, method: str, nfe: int) -> float:
+        """The best strength of those that a climb by factors of 2 meets, on portraits that are not measured."""
+        key = {"task": task, "method": method, "nfe": nfe, "settings": "tries"}
+        row = self.result.find(key)
+        if row is None:
+            seeds = list(portraits.TUNING_SEEDS[:TUNED_ON])
+            tried: dict[float, float] = {}
+
+            def mean(strength: float) -> float:
+                if strength not in tried and len(tried) < TRIES:
+                    found = self.of(Cell(task, method, nfe, strength), seeds, list(range(TUNED_ON)))
+                    tried[strength] = float(found.psnr.nan_to_num(0.0).mean())
+                return tried.get(strength, -np.inf)
+
+            best = METHODS[method][1]
+            most = 1.0 if method == "DSG" else np.inf
+            while len(tried) < TRIES:
+                around = [value for value in (best, 2 * best, best / 2) if value <= most]
+                found = max(around, key=mean)
+                if found == best:
+                    # Between its neighbours: half of a step to either side, with what tries are left.
+                    best = max((value for value in (best, best * 2**0.5, best / 2**0.5) if value <= most), key=mean)
+                    break
+                best = found
+            row = {**key, "tried": {f"{value:g}": round(psnr, 3) for value, psnr in tried.items()}}
+            row["strength"] = max(tried, key=tried.__getitem__)
+            self.result.add(row)
+        return float(row["strength"])
+
+    def row(self, cell: Cell, settings: str, count: int) -> dict[str, Any]:
+        key = {"task": cell.task, "method": cell.method, "nfe": cell.nfe, "settings": settings}
+        row = self.result.find(key)
+        if row is None:
+            seeds = list(portraits.TEST_SEEDS[:count])
+            found = self.of(cell, seeds, list(range(count)))
+            psnr = found.psnr.double().numpy()
+            row = {
+                **key,
+                "steps": cell.steps,
+                "strength": cell.strength,
+                "interval": cell.interval,
+                "psnr": round(float(psnr.mean()), 3),
+                "psnr_interval": interval(psnr),
+                "ssim": round(float(found.ssim.mean()), 4),
+                "ssim_interval": interval(found.ssim.double().numpy()),
+                "frechet": round(judging.frechet(self.judge.of(found.pictures).features, self.real), 4),
+                "misfit": round(float(found.misfit.mean()), 4),
+                "off_shell": round(float(found.off.float().mean()), 4),
+                "success": None,
+                "each": np.round(psnr, 2).tolist(),
+                "n": count,
+            }
+            base = self.result.find({**key, "method": "DSG", "settings": "published"})
+            if base and base["n"] == count:
+                over = psnr - np.array(base["each"])
+                row["over_dsg"], row["over_dsg_interval"] = round(float(over.mean()), 3), interval(over)
+            self.result.add(row)
+        print(
+            f"{cell.task:18}{cell.nfe:5}  {cell.method:9}{settings:10}{row['strength']:9.4g}{row['psnr']:8.2f} dB "
+            f"{row['psnr_interval'][0]:7.2f} {row['psnr_interval'][1]:5.2f}{row['ssim']:7.3f}{row['frechet']:8.3f}"
+            f"{row['misfit']:8.4f}{row['off_shell']:7.0%}",
+            flush=True,
+        )
+        return row
+
+    def methods(self, task: str, nfe: int, names: list[str]) -> None:
+        """All rows of a task and number of model calls."""
+        self.row(Cell(task, "unguided", nfe), "none", self.count)
+        for method in sorted(names, key=lambda name: name != "DSG"):  # which the others are held against
+            if nfe not in DEAR.get(method, (nfe,)):
+                continue
+            given = published(task, method, nfe)
+            if given is not None:
+                self.row(Cell(task, method, nfe, *given), "published", self.count)
+            self.row(Cell(task, method, nfe, self.tuned(task, method, nfe)), "tuned", self.count)
+
+    def many_steps(self, task: str, names: list[str]) -> None:
+        self.row(Cell(task, "unguided", MANY), "none", FEW)
+        for method in names:
+            given = published(task, method, MANY)
+            if given is not None:
+                self.row(Cell(task, method, MANY, *given), "published", FEW)
+            if method != "DSG":  # whose rate is one for 1000 steps, guided every fifth
+                self.row(Cell(task, method, MANY, self.tuned(task, method, NFE[0])), "tuned", FEW)
+
+    def diversity(self, task: str) -> None:
+        """How far apart pictures of one measurement are, and whether they are as far as they should be."""
+        rates, count, each = DIVERSITY["rates"], DIVERSITY["measurements"], DIVERSITY["each"]
+        for rate in rates:
+            key = {"task": task, "method": "DSG", "nfe": DIVERSITY["steps"], "settings": "diversity", "strength": rate}
+            row = self.result.find(key)
+            if row is None:
+                seeds = [seed for seed in portraits.TEST_SEEDS[:count] for _ in range(each)]
+                found = self.of(Cell(task, "DSG", DIVERSITY["steps"], rate), seeds, list(range(count * each)))
+                own = found.pictures.unflatten(0, (count, each))
+                apart = torch.stack([torch.pdist(some.flatten(1)) for some in own]) / own[0, 0].numel() ** 0.5
+                row = {
+                    **key,
+                    "diversity": round(float(apart.square().mean().sqrt()), 4),
+                    "psnr": round(float(found.psnr.mean()), 3),
+                    "n": count * each,
+                }
+                self.result.add(row)
+            print(f"{task:18} guidance_rate {rate:g}: {row['diversity']:.4f} apart, {row['psnr']:.2f} dB", flush=True)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    figure = Figure(figsize=(12, 6.4), dpi=80, layout="constrained")
+    names = ["unguided", *METHODS]
+    for column, task in enumerate(TASKS):
+        axes = figure.add_subplot(2, len(TASKS), 1 + column)
+        for color, method in enumerate(names):
+            for settings, style in (("none", "-"), ("tuned", "-"), ("published", "--")):
+                of = [
+                    (row["nfe"], row["psnr"], *row["psnr_interval"])
+                    for row in sorted(rows, key=lambda row: row["nfe"])
+                    if (row["task"], row["method"], row["settings"]) == (task, method, settings) and row["nfe"] != MANY
+                ]
+                if of:
+                    x, y, low, high = zip(*of, strict=True)
+                    label = method if settings in ("none", "tuned") else None
+                    axes.plot(x, y, style, marker="o", markersize=3, color=f"C{color}", label=label)
+                    axes.fill_between(x, low, high, color=f"C{color}", alpha=0.1)
+        axes.set(title=task, xlabel="model calls", ylabel="PSNR, dB", xscale="log")
+        axes.set_xticks(NFE, [str(nfe) for nfe in NFE], minor=False)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        if column == 0:
+            axes.legend(fontsize=7)
+    left = figure.add_subplot(2, 3, 4)
+    of = [(row["strength"], row["diversity"], row["psnr"]) for row in rows if row["settings"] == "diversity"]
+    x, apart, psnr = zip(*sorted(of), strict=True)
+    left.plot(x, apart, marker="o", markersize=3)
+    left.set(title=f"{TASKS[0]}, DSG: diversity", xlabel="guidance_rate", ylabel="RMS between pictures", ylim=(0, None))
+    middle = figure.add_subplot(2, 3, 5)
+    middle.plot(x, psnr, marker="o", markersize=3)
+    middle.set(title=f"{TASKS[0]}, DSG: fidelity", xlabel="guidance_rate", ylabel="PSNR, dB")
+    right = figure.add_subplot(2, 3, 6)
+    for color, method in enumerate(names):
+        of = [
+            (row["off_shell"], row["frechet"])
+            for row in rows
+            if row["method"] == method and row["settings"] in ("none", "tuned") and row["nfe"] != MANY
+        ]
+        right.plot(*zip(*of, strict=True), "o", markersize=4, color=f"C{color}", label=method)
+    right.set(
+        title="all tasks, tuned", xlabel="share of steps off the shell", ylabel="Fréchet distance", ylim=(0, None)
+    )
+    figure.suptitle("solid: tuned; dashed: published settings; bands: 95 %", fontsize=9)
+    figure.savefig(path)
+    Image.open(path).quantize(64).save(path, optimize=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="four portraits, 20 calls, one task: shows that it runs")
+    parser.add_argument("--json", type=Path, help="where to write the rows; a plot goes beside it")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--nfe", nargs="+", type=int, default=list(NFE))
+    parser.add_argument("--portraits", type=int, default=32)
+    options = parser.parse_args()
+    if options.quick:
+        options.tasks, options.nfe, options.portraits = options.tasks[:1], [20], CHUNK
+    settings = {"sampler": "euler_ancestral", "scheduler": "normal", "cfg": 1.0, "noise": NOISE, "n": options.portraits}
+    result = Result("inverse", settings, options.json)
+    with processes() as pool:
+        bench = Bench(result, pool, options.portraits)
+        for task in options.tasks:
+            for nfe in options.nfe:
+                bench.methods(task, nfe, options.methods)
+        if not options.quick:
+            bench.diversity(TASKS[0])
+            bench.many_steps(TASKS[0], [name for name in ("DPS", "FreeDoM", "DSG") if name in options.methods])
+    result.finish()
+    if options.json and not options.quick:
+        draw(result.rows, options.json.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
