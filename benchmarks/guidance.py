@@ -1,6 +1,6 @@
-"""What guidance achieves, and what it costs in quality: by a judge that guided nothing, against strength.
+"""What guidance by networks achieves, and what it costs in quality, against strength: DSG beside DPS and FreeDoM.
 
-    python quickstart.py bench guidance [--quick] [--json FILE] [--tasks text face] [--strengths 0.1 0.2]
+    python quickstart.py bench guidance [--quick] [--json FILE] [--tasks text face] [--methods DSG] [--strengths .1 .2]
 
 Each sample has a target of its own: the caption, the class map, the style or the face of a test portrait, so that what
 is drawn spreads like the portraits do, and the Fréchet distance to them means quality. The prompt is empty, and all
@@ -11,7 +11,9 @@ cells share their seeds. Losses are those of the nodes, at the nodes' own defaul
     style         the distance of Gram matrices in the judge's features: lower is better
     face          the share that the judge takes for the target's person, at a false acceptance rate of 1 %
 
-with a 95 % interval of the bootstrap. The row of strength 0 is unguided.
+with a 95 % interval of the bootstrap. The row of strength 0 is unguided; `strength` is guidance_rate of DSG Guidance,
+step_size of DPS Guidance, and rho of TFG Guidance with its preset FreeDoM. Guidance decodes in bfloat16, which takes
+half of the time; the pictures that are judged are decoded in float32.
 """
 
 from __future__ import annotations
@@ -19,30 +21,33 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "demo")]
+sys.path[:0] = [str(ROOT / "demo"), str(ROOT / "benchmarks")]
 from bootstrap import import_host, import_pack  # noqa: E402
 
-import_host(cpu=False)
+import_host(cpu=False, pytorch_attention=True)
 import_pack()
 
 import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from judged import real_features  # noqa: E402
+from processes import processes  # noqa: E402
 from result import Result  # noqa: E402
+from sphereguide import host  # noqa: E402
 from sphereguide.demo import judge as judging  # noqa: E402
 from sphereguide.demo import portraits, toy_portraits  # noqa: E402
 from sphereguide.losses.base import Loss, Step  # noqa: E402
 from sphereguide.nodes.clip import CLIPTextLoss, LoadOpenCLIP  # noqa: E402
 from sphereguide.nodes.face import FaceIDLoss, LoadFaceEncoder  # noqa: E402
-from sphereguide.nodes.guidance import DSGGuidance  # noqa: E402
+from sphereguide.nodes.guidance import DPSGuidance, DSGGuidance  # noqa: E402
 from sphereguide.nodes.segmentation import LoadSegmentationModel, SegmentationLoss  # noqa: E402
 from sphereguide.nodes.style import StyleGramLoss  # noqa: E402
+from sphereguide.nodes.successors import TFGGuidance  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 TOY = "toy_portraits/"
@@ -150,28 +155,59 @@ class Tasks:
         return (similarity > self.verification["threshold"]).float().numpy()
 
 
-def drawn(
-    models: tuple[Any, Any, Any], loss: Callable[[list[int]], Loss] | None, seeds: list[int], **at: Any
-) -> Tensor:
-    """Pictures [N, 3, 128, 128] by euler_ancestral, steered to `loss` of the targets, as the nodes would do it."""
-    model, clip, vae = models
-    parts = []
-    for start in range(0, len(seeds), CHUNK):
-        chunk = seeds[start : start + CHUNK]
-        with torch.inference_mode():
-            sampler = comfy.samplers.ksampler("euler_ancestral")
-            if loss is not None:
-                settings = defaults(DSGGuidance, guidance_rate=at["strength"])
-                sampler, _ = DSGGuidance().guide(sampler=sampler, loss=loss(chunk), vae=vae, **settings)
-            empty = [[clip.encode_from_tokens(clip.tokenize(""), return_pooled=True)[0], {}]]
-            latent = torch.zeros(len(chunk), 4, 16, 16)
-            noise = comfy.sample.prepare_noise(latent, start)
-            sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, "normal", at["steps"])
-            out = comfy.sample.sample_custom(
-                model, noise, 1.0, sampler, sigmas, empty, empty, latent, disable_pbar=True, seed=start
-            )
-            parts.append(vae.decode(out).movedim(-1, 1).clone())
-    return torch.cat(parts)
+#: Each method's node, what it calls its strength, and what else is set.
+METHODS: dict[str, tuple[type, str, dict[str, Any]]] = {
+    "DSG": (DSGGuidance, "guidance_rate", {}),
+    "DPS": (DPSGuidance, "step_size", {}),
+    "FreeDoM": (TFGGuidance, "rho", {"preset": "FreeDoM"}),
+}
+STRENGTHS: dict[str, dict[str, tuple[float, ...]]] = {
+    "text": {"DSG": (0.1, 0.2, 0.3), "DPS": (1.0, 3.0, 10.0), "FreeDoM": (1.0, 3.0, 10.0)},
+    "segmentation": {"DSG": (0.1, 0.2, 0.3), "DPS": (1.0, 3.0, 10.0), "FreeDoM": (1.0, 3.0, 10.0)},
+    "style": {"DSG": (0.1, 0.2, 0.3), "DPS": (1.0, 3.0, 10.0), "FreeDoM": (1.0, 3.0, 10.0)},
+    "face": {"DSG": (0.1, 0.2, 0.3), "DPS": (1.0, 3.0, 10.0), "FreeDoM": (1.0, 3.0, 10.0)},
+}
+
+
+@functools.cache
+def loaded() -> tuple[Any, Any, Any, Any]:
+    """MODEL, the empty prompt, a VAE in float32, and one in bfloat16. As nodes would do it: in inference mode."""
+    with torch.inference_mode():
+        model, clip, exact = toy_portraits.load()
+        fast = toy_portraits.load_vae()
+        fast.vae_dtype = torch.bfloat16
+        fast.first_stage_model.to(torch.bfloat16)
+        return model, host.encoded(clip, ""), exact, fast
+
+
+@functools.cache
+def tasks() -> Tasks:
+    return Tasks(judging.load(toy_portraits.WEIGHTS))
+
+
+def chunk(task: str | None, method: str, strength: float, steps: int, seeds: list[int], start: int) -> Tensor:
+    """Pictures `[CHUNK, 3, 128, 128]` by euler_ancestral, steered to the targets `seeds`, as the nodes would do it."""
+    model, empty, exact, fast = loaded()
+    with torch.inference_mode():
+        sampler = comfy.samplers.ksampler("euler_ancestral")
+        if task is not None:
+            node, name, given = METHODS[method]
+            settings = defaults(node, **given | {name: strength})
+            sampler, _ = node().guide(sampler=sampler, loss=getattr(tasks(), task)(seeds), vae=fast, **settings)
+        latent = torch.zeros(len(seeds), 4, 16, 16)
+        noise = comfy.sample.prepare_noise(latent, start)
+        sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, "normal", steps)
+        out = comfy.sample.sample_custom(
+            model, noise, 1.0, sampler, sigmas, empty, empty, latent, disable_pbar=True, seed=start
+        )
+        return exact.decode(out).movedim(-1, 1).clone()
+
+
+def drawn(pool: Any, task: str | None, method: str, strength: float, steps: int, seeds: list[int]) -> Tensor:
+    """Pictures `[N, 3, 128, 128]`."""
+    starts = range(0, len(seeds), CHUNK)
+    jobs = [pool.submit(chunk, task, method, strength, steps, seeds[at : at + CHUNK], at) for at in starts]
+    return torch.cat([job.result() for job in jobs])
 
 
 def bootstrap(values: np.ndarray, draws: int = 2000) -> tuple[float, float]:
@@ -182,23 +218,27 @@ def bootstrap(values: np.ndarray, draws: int = 2000) -> tuple[float, float]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """What is achieved over what it costs, a line a method, along its strengths."""
     from matplotlib.figure import Figure
+    from PIL import Image
 
     names = list(dict.fromkeys(row["task"] for row in rows))
-    figure = Figure(figsize=(4 * len(names), 6), dpi=110, layout="constrained")
+    figure = Figure(figsize=(4 * len(names), 3.6), dpi=80, layout="constrained")
     for column, task in enumerate(names):
+        axes = figure.add_subplot(1, len(names), 1 + column)
         of_task = sorted((row for row in rows if row["task"] == task), key=lambda row: row["strength"])
-        for line, (key, title) in enumerate((("success", SUCCESS[task]), ("frechet", "Fréchet distance"))):
-            axes = figure.add_subplot(2, len(names), 1 + column + line * len(names))
-            x, y = zip(*((row["strength"], row[key]) for row in of_task), strict=True)
-            axes.plot(x, y, marker="o", color="#5b7fb5")
-            if line == 0:
-                axes.fill_between(
-                    x, *zip(*(row["interval"] for row in of_task), strict=True), color="#5b7fb5", alpha=0.2
-                )
-            axes.set(title=f"{task}: {title}" if line == 0 else title, xlabel="guidance_rate")
-            axes.set_ylim(0, 1.1 * max([*y, *(row["interval"][1] for row in of_task if line == 0)]))
+        for color, method in enumerate(METHODS):
+            line = [row for row in of_task if row["method"] in ("unguided", method)]
+            x, y = zip(*((row["frechet"], row["success"]) for row in line), strict=True)
+            low, high = np.abs(np.transpose([row["interval"] for row in line]) - np.array(y))
+            axes.errorbar(x, y, (low, high), marker="o", markersize=3, color=f"C{color}", label=method, elinewidth=0.5)
+            for row in line[1:]:
+                axes.annotate(f"{row['strength']:g}", (row["frechet"], row["success"]), fontsize=6, color=f"C{color}")
+        axes.set(title=f"{task}: {SUCCESS[task]}", xlabel="Fréchet distance")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
     figure.savefig(path)
+    Image.open(path).quantize(64).save(path, optimize=True)
 
 
 SUCCESS = {"text": "attributes found", "segmentation": "mIoU", "style": "Gram distance", "face": "verified, FAR 1 %"}
@@ -209,59 +249,61 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="8 samples at 20 steps and the default strength")
     parser.add_argument("--json", type=Path, help="where to write the rows; a plot goes beside it")
     parser.add_argument("--tasks", nargs="+", choices=SUCCESS, default=list(SUCCESS))
-    parser.add_argument("--strengths", nargs="+", type=float, help="guidance_rate of DSG Guidance; default: the node's")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--strengths", nargs="+", type=float, help="default: three for each task and method")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--samples", type=int)
     parser.add_argument("--save", type=Path, help="a folder for the pictures of each cell")
     options = parser.parse_args()
+    if options.quick:
+        options.tasks, options.methods = options.tasks[:1], options.methods[:2]
     steps, count = options.steps or (20 if options.quick else 50), options.samples or (8 if options.quick else 64)
-    strengths = options.strengths or [defaults(DSGGuidance)["guidance_rate"]]
-
-    judge = judging.load(toy_portraits.WEIGHTS)
     seeds = list(portraits.TEST_SEEDS[:count])
     settings = {"sampler": "euler_ancestral", "scheduler": "normal", "cfg": 1.0, "steps": steps, "n": count}
     result = Result("guidance", settings, options.json)
-    with torch.inference_mode():
-        models = toy_portraits.load()
-    tasks = Tasks(judge)
-    data = portraits.dataset(portraits.TEST_SEEDS[1000 : 1000 + REFERENCES])["images"]
-    real = judge.of(judging.to_tensor(data)).features
-    print(f"{'task':14}{'strength':>9}{'success':>9}{'interval':>18}{'frechet':>9}")
-    unguided = None
-    for strength in (0.0, *strengths):
+    real = real_features(portraits.TEST_SEEDS[1000 : 1000 + REFERENCES])
+    print(f"{'task':14}{'method':10}{'strength':>9}{'success':>9}{'interval':>18}{'frechet':>9}")
+    with processes() as pool:
+        unguided = functools.cache(lambda: drawn(pool, None, "", 0.0, steps, seeds))
         for task in options.tasks:
-            cell = {"task": task, "method": "DSG", "steps": steps, "strength": strength}
-            row = result.find(cell)
-            if row is None:
-                if strength == 0 and unguided is None:
-                    unguided = drawn(models, None, seeds, steps=steps)
-                made = (
-                    unguided
-                    if strength == 0
-                    else drawn(models, getattr(tasks, task), seeds, steps=steps, strength=strength)
-                )
-                verdict = judge.of(made)
-                success = tasks.success(task, verdict, seeds)
-                row = {
-                    **cell,
-                    "nfe": steps,
-                    "psnr": None,
-                    "ssim": None,
-                    "frechet": round(judging.frechet(verdict.features, real), 4),
-                    "success": round(float(success.mean()), 4),
-                    "interval": bootstrap(success),
-                    "n": count,
-                }
-                result.add(row)
-                if options.save:
-                    options.save.mkdir(parents=True, exist_ok=True)
-                    grid = (made[:64].movedim(1, -1).clamp(0, 1) * 255).round().byte().numpy()
-                    portraits.contact_sheet(grid).save(options.save / f"{task}_{strength:g}.png")
-            low, high = row["interval"]
-            print(f"{task:14}{strength:9g}{row['success']:9.3f}{low:9.3f} {high:8.3f}{row['frechet']:9.3f}", flush=True)
+            cells = [("unguided", 0.0)]
+            for method in options.methods:
+                strengths = options.strengths or STRENGTHS[task][method][: 1 if options.quick else None]
+                cells += [(method, strength) for strength in strengths]
+            for method, strength in cells:
+                cell = {"task": task, "method": method, "steps": steps, "strength": strength}
+                row = result.find(cell)
+                if row is None:
+                    guided = method in METHODS
+                    made = drawn(pool, task, method, strength, steps, seeds) if guided else unguided()
+                    row = measured(cell, made, seeds, real)
+                    result.add(row)
+                    if options.save:
+                        options.save.mkdir(parents=True, exist_ok=True)
+                        grid = (made[:64].movedim(1, -1).clamp(0, 1) * 255).round().byte().numpy()
+                        portraits.contact_sheet(grid).save(options.save / f"{task}_{method}_{strength:g}.png")
+                low, high = row["interval"]
+                found = f"{row['success']:9.3f}{low:9.3f} {high:8.3f}{row['frechet']:9.3f}"
+                print(f"{task:14}{method:10}{strength:9g}{found}", flush=True)
     result.finish()
-    if options.json:
+    if options.json and not options.quick:
         draw(result.rows, options.json.with_suffix(".png"))
+
+
+def measured(cell: dict[str, Any], made: Tensor, seeds: list[int], real: Tensor) -> dict[str, Any]:
+    """The row of pictures that were made for the targets `seeds`."""
+    verdict = tasks().judge.of(made)
+    success = tasks().success(cell["task"], verdict, seeds)
+    return {
+        **cell,
+        "nfe": cell["steps"],
+        "psnr": None,
+        "ssim": None,
+        "frechet": round(judging.frechet(verdict.features, real), 4),
+        "success": round(float(success.mean()), 4),
+        "interval": bootstrap(success),
+        "n": len(seeds),
+    }
 
 
 if __name__ == "__main__":

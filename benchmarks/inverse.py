@@ -73,8 +73,7 @@ TASKS = ("inpainting", "super-resolution", "gaussian deblur")
 NFE = (100, 50, 20)
 MANY, FEW = 1000, 8
 """Steps of the longest run, and how many portraits it restores."""
-CHUNK = 4
-TUNED_ON, TRIES = 4, 5
+CHUNK = 2
 REFERENCES = 2048
 DIVERSITY = {"rates": (0.0, 0.05, 0.1, 0.2, 0.4, 0.8), "measurements": 4, "each": 8, "steps": 50}
 
@@ -249,8 +248,8 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 class Bench:
-    def __init__(self, result: Result, pool: Any, count: int) -> None:
-        self.result, self.pool, self.count = result, pool, count
+    def __init__(self, result: Result, pool: Any, count: int, tuned_on: int = 4, tries: int = 5) -> None:
+        self.result, self.pool, self.count, self.tuned_on, self.tries = result, pool, count, tuned_on, tries
         self.judge = judging.load(toy_portraits.WEIGHTS)
 
     @functools.cached_property
@@ -267,18 +266,18 @@ class Bench:
         key = {"task": task, "method": method, "nfe": nfe, "settings": "tries"}
         row = self.result.find(key)
         if row is None:
-            seeds = list(portraits.TUNING_SEEDS[:TUNED_ON])
+            seeds = list(portraits.TUNING_SEEDS[: self.tuned_on])
             tried: dict[float, float] = {}
 
             def mean(strength: float) -> float:
-                if strength not in tried and len(tried) < TRIES:
-                    found = self.of(Cell(task, method, nfe, strength), seeds, list(range(TUNED_ON)))
+                if strength not in tried and len(tried) < self.tries:
+                    found = self.of(Cell(task, method, nfe, strength), seeds, list(range(self.tuned_on)))
                     tried[strength] = float(found.psnr.nan_to_num(0.0).mean())
                 return tried.get(strength, -np.inf)
 
             best = METHODS[method][1]
             most = 1.0 if method == "DSG" else np.inf
-            while len(tried) < TRIES:
+            while len(tried) < self.tries:
                 around = [value for value in (best, 2 * best, best / 2) if value <= most]
                 found = max(around, key=mean)
                 if found == best:
@@ -420,7 +419,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="four portraits, 20 calls, one task: shows that it runs")
+    parser.add_argument("--quick", action="store_true", help="two portraits, 10 calls, one task: shows that it runs")
     parser.add_argument("--json", type=Path, help="where to write the rows; a plot goes beside it")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -428,11 +427,11 @@ def main() -> None:
     parser.add_argument("--portraits", type=int, default=32)
     options = parser.parse_args()
     if options.quick:
-        options.tasks, options.nfe, options.portraits = options.tasks[:1], [20], CHUNK
+        options.tasks, options.methods, options.nfe, options.portraits = options.tasks[:1], ["DPS", "DSG"], [10], 2
     settings = {"sampler": "euler_ancestral", "scheduler": "normal", "cfg": 1.0, "noise": NOISE, "n": options.portraits}
     result = Result("inverse", settings, options.json)
     with processes() as pool:
-        bench = Bench(result, pool, options.portraits)
+        bench = Bench(result, pool, options.portraits, *((2, 2) if options.quick else ()))
         for task in options.tasks:
             for nfe in options.nfe:
                 bench.methods(task, nfe, options.methods)

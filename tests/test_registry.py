@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import zipfile
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from bootstrap import ROOT
@@ -43,6 +45,15 @@ def test_archive_holds_the_pack_and_no_more(archive: set[str]) -> None:
     }
     assert not [file for file in archive if "judge" in file]
     assert sum((ROOT / file).stat().st_size for file in archive) < 30e6
+
+
+def test_registry_shows_an_icon_of_the_repository() -> None:
+    written = (ROOT / "pyproject.toml").read_text("utf-8")
+    repository, icon = (re.search(rf'^{key} = "(.+)"$', written, re.MULTILINE)[1] for key in ("Repository", "Icon"))
+    address = repository.replace("github.com", "raw.githubusercontent.com") + "/main/"
+    assert icon.startswith(address)
+    picture = ElementTree.parse(ROOT / icon.removeprefix(address)).getroot()
+    assert max(int(picture.attrib[side]) for side in ("width", "height")) <= 400  # the registry's limit
 
 
 @pytest.mark.server
