@@ -1,0 +1,211 @@
+"""Writes `benchmarks/README.md`, the page of results, from `benchmarks/results/`: `python benchmarks/page.py`.
+
+Every number there is one of a result's, so that none can be older than what it is taken from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PAGE = RESULTS.parent / "README.md"
+
+HEAD = """# Results
+
+What `benchmarks/results/` holds, a section for each claim: written by `python benchmarks/page.py`, and a test holds it
+to the files. Each command makes the file anew; `--quick` shows that it runs. Interrupted runs go on where they were.
+What is measured and how stands at the top of each benchmark.
+"""
+
+Row = dict[str, Any]
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def bracketed(interval: Sequence[float], digits: int) -> str:
+    low, high = interval
+    return f"[{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def demo(result: dict[str, Any]) -> Iterator[str]:
+    """Guidance restores and steers: the demo's workflows, in a running ComfyUI"""
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(values) / len(values)
+
+    rows = []
+    for name, run in result["workflows"].items():
+        measure = "psnr" if "psnr_guided" in run else "score"
+        off, on = run[f"{measure}_unguided"], run[f"{measure}_guided"]
+        digits = 1 if measure == "psnr" else 2
+        title = "PSNR, dB" if measure == "psnr" else run["score"]
+        rows.append((name, title, f"{mean(off):.{digits}f}", f"{mean(on):.{digits}f}", str(len(on))))
+    yield table(("workflow", "measured", "unguided", "guided", "pictures"), rows)
+
+
+def guidance(result: dict[str, Any]) -> Iterator[str]:
+    """What steering achieves against strength, and what it costs in quality"""
+    rows = [
+        (
+            row["task"],
+            row["method"] if row["strength"] else "unguided",
+            f"{row['strength']:g}",
+            f"{row['success']:.3f} {bracketed(row['interval'], 3)}",
+            f"{row['frechet']:.3f}",
+            str(row["n"]),
+        )
+        for row in result["rows"]
+    ]
+    yield "Success: attributes found (text), mIoU (segmentation), Gram distance (style: lower is better), the share "
+    yield "that is verified at a false acceptance rate of 1 % (face).\n\n"
+    yield table(("task", "method", "strength", "success, 95 %", "Fréchet distance", "n"), rows)
+
+
+def inverse(result: dict[str, Any]) -> Iterator[str]:
+    """What guidance restores, with published and with tuned settings"""
+    rows = [
+        (
+            row["task"],
+            str(row["nfe"]),
+            row["method"],
+            row["settings"],
+            f"{row['strength']:.3g}",
+            f"{row['psnr']:.2f} {bracketed(row['psnr_interval'], 2)}",
+            f"{row['ssim']:.3f}",
+            f"{row['frechet']:.3f}",
+            f"{row['off_shell']:.0%}",
+            str(row["n"]),
+        )
+        for row in result["rows"]
+        if row["settings"] in ("none", "published", "tuned")
+    ]
+    columns = ("task", "calls", "method", "settings", "strength", "PSNR, dB", "SSIM", "Fréchet", "off the shell", "n")
+    yield table(columns, rows)
+    rows = [
+        (f"{row['strength']:g}", f"{row['diversity']:.4f}", f"{row['psnr']:.2f}")
+        for row in result["rows"]
+        if row["settings"] == "diversity"
+    ]
+    yield "\n\nDSG, pictures of one measurement and different noise:\n\n"
+    yield table(("guidance_rate", "RMS distance between them", "PSNR, dB"), rows)
+
+
+def posterior(result: dict[str, Any]) -> Iterator[str]:
+    """How near guided samples come to the exact posterior, on Gaussian mixtures"""
+    keys = ("wasserstein", "floor", "mean_error", "std_ratio", "weights", "off_shell")
+    rows = [
+        (
+            *(str(row[key]) for key in ("task", "dim", "steps", "method")),
+            f"{row['strength'] or 0:g}",
+            str(row["nfe"]),
+            *(f"{row[key]:.3f}" for key in keys),
+        )
+        for row in result["rows"]
+    ]
+    columns = ("task", "dimensions", "steps", "method", "strength", "calls", "sliced Wasserstein", "its floor")
+    yield table((*columns, "error of the mean", "std over the exact", "error of the weights", "off the shell"), rows)
+
+
+def epsilon_scaling(result: dict[str, Any]) -> Iterator[str]:
+    """What Epsilon Scaling gains, and whether its calibration knows"""
+
+    def distance(row: Row) -> str:
+        return f"{row['frechet']:.3f} ± {row['frechet_se']:.3f}" + (f" ({row['b']:.4g})" if row["b"] else "")
+
+    rows = []
+    for key in dict.fromkeys((row["model"], row["sampler"], row["steps"]) for row in result["rows"]):
+        cell = {r["correction"]: r for r in result["rows"] if (r["model"], r["sampler"], r["steps"]) == key}
+        none, chosen = cell["none"], cell[cell["uniform"]["verdict"]]
+        grid = [row for name, row in cell.items() if name.startswith("b ")]
+        best = min((none, *grid), key=lambda row: row["frechet"])
+        over = f"{chosen['frechet'] / best['frechet'] - 1:+.1%}"
+        rows.append((*map(str, key), distance(none), distance(chosen), distance(best), over, str(none["n"])))
+    columns = ("model", "sampler", "steps", "none", "calibrated (b)", "the grid's best (b)", "over the best", "n")
+    yield "Fréchet distance with its standard error.\n\n"
+    yield table(columns, rows)
+
+
+def amed(result: dict[str, Any]) -> Iterator[str]:
+    """Learned solvers for few model calls, beside every stock sampler"""
+    most = max(row["n"] for row in result["rows"] if "n" in row)
+    rows = [row for row in result["rows"] if row.get("n") == most]
+    yield "RMSE to 200 steps of Heun's method, and its median over the trajectories.\n\n"
+    yield table(
+        ("calls", "solver", "schedule", "RMSE", "median", "Fréchet distance", "training"),
+        (
+            (
+                str(row["nfe"]),
+                ("AMED, " if row["learned"] else "") + row["solver"] + (", AFS" if row["nfe"] % 2 else ""),
+                row["schedule"],
+                f"{row['rmse']:.4f} ± {row['rmse_se']:.4f}",
+                f"{row['median']:.4f}",
+                f"{row['frechet']:.3f} ± {row['frechet_se']:.3f}" if "frechet" in row else "",
+                f"{row['train_seconds']:.0f} s" if row["learned"] else "",
+            )
+            for row in sorted(rows, key=lambda row: (row["nfe"], row["rmse"]))
+        ),
+    )
+    for row in result["rows"]:
+        if row["solver"] == "overhead":
+            yield f"\n\nThe predictor takes {row['ratio']:.2%} of a model call's time beyond what euler takes."
+
+
+def cost(result: dict[str, Any]) -> Iterator[str]:
+    """What a guided step costs, over an unguided one"""
+    rows = [
+        (
+            row["model"],
+            row["kind"],
+            row["gradient"] or "",
+            f"{row['cfg']:g}",
+            str(row["interval"]),
+            "yes" if row["checkpointing"] else "",
+            f"{row['decode_scale']:g}",
+            f"{row['step_ratio']:.2f}",
+            f"{row['peak_memory_mb']:.0f} MB",
+        )
+        for row in result["rows"]
+    ]
+    columns = ("model", "kind", "gradient", "cfg", "interval", "checkpointing", "decode_scale", "time", "peak memory")
+    yield table(columns, rows)
+
+
+SECTIONS: tuple[tuple[Callable[[dict[str, Any]], Iterator[str]], str], ...] = (
+    (demo, "demo"),
+    (guidance, "bench guidance"),
+    (inverse, "bench inverse"),
+    (posterior, "bench posterior"),
+    (epsilon_scaling, "bench epsilon_scaling"),
+    (amed, "bench amed"),
+    (cost, "bench cost"),
+)
+
+
+def page() -> str:
+    """Of the results that there are."""
+    parts = [HEAD]
+    for section, command in SECTIONS:
+        name = section.__name__
+        file = RESULTS / ("demo_report.json" if name == "demo" else f"{name}.json")
+        if not file.exists():
+            continue
+        result = json.loads(file.read_text(encoding="utf-8"))
+        made = f"python quickstart.py {command}" + ("" if name == "demo" else f" --json benchmarks/results/{file.name}")
+        links = [f"[{file.name}](results/{file.name})"]
+        if (plot := file.with_suffix(".png")).exists():
+            links.append(f"[plot](results/{plot.name})")
+        host = result["host"]
+        versions = f"ComfyUI {host['comfyui']}, torch {host.get('torch') or result['machine']['torch']}"
+        parts.append(f"\n## {section.__doc__}\n\n`{made}` · {' · '.join(links)} · {versions}\n\n")
+        parts.append("".join(section(result)) + "\n")
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
