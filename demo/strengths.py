@@ -250,7 +250,7 @@ STRIPS = {
         amed,
         "SaveImage",
         "images",
-        labels=("dpmpp_2m, 6 calls", "AMED, 6 calls", "dpmpp_2m, 50 calls"),
+        labels=("uni_pc, 6 calls", "AMED, 6 calls", "uni_pc, 50 calls"),
     ),
     "degrade": Strip("toy_inpainting", OPERATORS, PORTRAIT, degrade, DEGRADE, "operator", labels=OPERATORS),
 }

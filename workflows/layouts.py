@@ -549,10 +549,14 @@ def few_calls(
     batch_size: int,
     note: str,
     note_height: int = 560,
+    known: tuple[str, str] = ("dpmpp_2m", "sgm_uniform"),
 ) -> Workflow:
-    """A learned solver of six model calls beside a stock one of as many, and of fifty."""
+    """A learned solver of six model calls beside a stock one of as many, and of fifty.
+
+    known  the stock sampler and its scheduler
+    """
     count = {1: "one", 2: "two", 4: "four"}[batch_size]
-    stock = schedule((1520, 920), 6, "Stock steps", "sgm_uniform")
+    stock = schedule((1520, 920), 6, "Stock steps", known[1])
     nodes = {
         "note": explained(note, note_height),
         "model": model.loader,
@@ -571,7 +575,7 @@ def few_calls(
         ),
         "latent": model.latent((1520, 620), batch_size),
         "steps": values((760, 840), "6, 50", "Numbers of steps"),
-        "select": Node("KSamplerSelect", (1520, 820), (300, 60), {"sampler_name": "dpmpp_2m"}, title="Stock sampler"),
+        "select": Node("KSamplerSelect", (1520, 820), (300, 60), {"sampler_name": known[0]}, title="Stock sampler"),
         "stock": replace(stock, wires={"model": ("model 2", ""), "steps": ("steps", "whole")}),
         **vae_bus(1140),
         "vae of result": reroute((2210, 1140), ("vae", "")),

@@ -252,9 +252,10 @@ Queue.
 Turn these:
 - name (Predictor): toy_portraits_ipndm_4 and _8 make four and eight calls. Put as many in place of the 6
   (Numbers of steps).
-- sampler_name and scheduler (Stock sampler): is there one that does as well?
+- sampler_name and scheduler (Stock sampler): these two come nearest of all with six calls. Try.
 - noise_seed in both: other portraits.
 - points (Its steps): expanded, with euler in place of AMED Sampler, is the same schedule for stock samplers.""",
+        known=("uni_pc", "simple"),
     ),
     "toy_amed_train": taught(
         "amed_train",
