@@ -7,7 +7,8 @@ the latents, at sigma 0, to those of 200 steps of Heun's method on 256 trajector
 bootstrap. `over_student` is what it is over that of iPNDM alone, `nearer` the share of the trajectories that come
 nearer. Every sampler and scheduler of the host is tried with as many steps as make `nfe` model calls (or fewer, if none
 makes so many): on 32 trajectories (`n`), and the best eight on all. `frechet` is the distance of a judge's features,
-which nothing was trained on, between 2000 samples and portraits of the test seeds.
+which nothing was trained on, between 2000 samples and portraits of the test seeds, for the three nearest stock samplers
+with their best schedulers too.
 
 Predictors for iPNDM are those that ship; the others are trained here, in the same way. `train_seconds` is on one core.
 """
@@ -240,7 +241,7 @@ class Bench:
         return row
 
     def best_stock(self, nfe: int) -> list[Cell]:
-        """All of the host on a few trajectories; of the best the rows on all, the nearest first."""
+        """All of the host on a few trajectories, the best on all; of these each sampler once, the nearest first."""
         listed = self.kept / f"stock_{nfe}.json"
         if not listed.exists():
             listed.write_text(json.dumps([asdict(cell) for cell in self.pool.submit(stock, nfe).result()]))
@@ -249,7 +250,10 @@ class Bench:
         screened = {cell: self.measured(cell, few)["rmse"] for cell in cells}
         finalists = sorted(cells, key=screened.__getitem__)[:FINALISTS]
         print(f"{len(cells)} stock combinations with {nfe} calls", flush=True)
-        return sorted(finalists, key=lambda cell: self.row(cell)["rmse"])
+        nearest: dict[str, Cell] = {}  # the same sampler with a like schedule says nothing new
+        for cell in sorted(finalists, key=lambda cell: self.row(cell)["rmse"]):
+            nearest.setdefault(cell.solver, cell)
+        return list(nearest.values())
 
     def over_student(self, cell: Cell, student: Cell) -> None:
         """RMSE over that of the student on its own, with a 95 % interval: trajectories are drawn in pairs."""
