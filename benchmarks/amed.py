@@ -247,7 +247,9 @@ class Bench:
             listed.write_text(json.dumps([asdict(cell) for cell in self.pool.submit(stock, nfe).result()]))
         cells = [Cell(**cell) for cell in json.loads(listed.read_text())]
         few = min(SCREENED, self.options.trajectories)
-        screened = {cell: self.measured(cell, few)["rmse"] for cell in cells}
+        for cell in cells:
+            self.measured(cell, few)
+        screened = {cell: rms(self.distances(cell, few)) for cell in cells}  # the row may have more by now
         finalists = sorted(cells, key=screened.__getitem__)[:FINALISTS]
         print(f"{len(cells)} stock combinations with {nfe} calls", flush=True)
         nearest: dict[str, Cell] = {}  # the same sampler with a like schedule says nothing new
