@@ -147,11 +147,11 @@ def faulty(base: Path) -> ComfyServer:
 
 
 def write_lora(path: Path) -> None:
-    """A LoRA for Toy Portraits' attention, in the layout that ComfyUI knows by its own names."""
+    """A LoRA for Toy Portraits' attention."""
     weights, generator = {}, torch.Generator().manual_seed(1)
     for name, weight in load_file(ROOT / "demo" / "weights" / "toy_portraits_unet.safetensors").items():
         if "attn" in name and name.endswith(".weight"):
-            key = f"diffusion_model.{name.removesuffix('.weight')}"
+            key = f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}"
             up, down = ((weight.shape[0], 2), (2, weight.shape[1]))
             weights[f"{key}.lora_up.weight"] = torch.randn(up, generator=generator) * 0.1
             weights[f"{key}.lora_down.weight"] = torch.randn(down, generator=generator) * 0.1
