@@ -356,9 +356,8 @@ def hooks(network: nn.Module) -> dict[str, Any]:
     found = {}
     for name, module in network.named_modules():
         counts = {key: len(value) for key, value in vars(module).items() if "hooks" in key and value}
-        own = [key for key, value in vars(module).items() if callable(value) and not isinstance(value, (type, nn.Module))]
-        if counts or own or module.training:
-            found[name] = [counts, sorted(own), module.training]
+        own = sorted(key for key, value in vars(module).items() if callable(value) and not isinstance(value, nn.Module))
+        found[name] = [counts, own, module.training]
     return found
 
 
@@ -408,7 +407,7 @@ def drawn(seed: int, shape: tuple[int, ...], most: int = 64) -> int:
 def tensors() -> list[int]:
     """How many tensors the process holds, and how many have a graph."""
     gc.collect()
-    found = [tensor for tensor in _tensors()]
+    found = list(_tensors())
     return [len(found), sum(tensor.grad_fn is not None for tensor in found)]
 
 
