@@ -33,11 +33,12 @@ NO_HOST_MEMORY = f"[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can'
 
 
 class Strike:
-    """A fault that strikes at its `first` call, and at the `times - 1` after it. Called with a tensor, it returns what
-    becomes of that.
+    """A fault that strikes at call `first`, counted from 0, and at the `times - 1` after it. Called with a tensor, it
+    returns what becomes of that.
     """
 
-    struck = 0  # of all, since `LookAtWhatIsLeft` looked
+    # Of all, since `LookAtWhatIsLeft` looked: how often they struck, and how often they were called after that.
+    struck = after = 0
 
     def __init__(self, kind: str, first: int, times: int) -> None:
         self.kind, self.first, self.times = kind, first, times
@@ -45,6 +46,7 @@ class Strike:
 
     def __call__(self, value: Tensor) -> Tensor:
         self.calls += 1
+        Strike.after += Strike.struck > 0
         if not self.first < self.calls <= self.first + self.times:
             return value
         Strike.struck += 1
@@ -244,17 +246,18 @@ def states() -> dict[str, str]:
 class ReloadSphereGuide:
     """What packs for developers do when a file has changed: import it anew, while the server goes on."""
 
-    CATEGORY, FUNCTION, OUTPUT_NODE, RETURN_TYPES = "tests", "run", True, ()
+    CATEGORY, FUNCTION, RETURN_TYPES = "tests", "run", ("LATENT",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"salt": FAULT["salt"]}}
+        return {"required": {"latent": ("LATENT",), "salt": FAULT["salt"]}}
 
-    def run(self, salt: int) -> dict[str, Any]:
+    def run(self, latent: Any, salt: int) -> tuple[Any]:
         (name,) = (
             name
             for name, module in sys.modules.items()
-            if hasattr(module, "WEB_DIRECTORY") and "SphereGuideDSG" in getattr(module, "NODE_CLASS_MAPPINGS", ())
+            if "WEB_DIRECTORY" in (known := getattr(module, "__dict__", {}))
+            and "SphereGuideDSG" in known.get("NODE_CLASS_MAPPINGS", ())
         )
         folder = Path(sys.modules[name].__file__).parent
         for other in [other for other in sys.modules if other == name or other.startswith(f"{name}.")]:
@@ -266,7 +269,7 @@ class ReloadSphereGuide:
         spec.loader.exec_module(module)
         execution = sys.modules.get("execution") or sys.modules["comfy.cmd.execution"]
         execution.nodes.NODE_CLASS_MAPPINGS.update(module.NODE_CLASS_MAPPINGS)
-        return {"ui": {"text": [module.__name__]}}
+        return (latent,)
 
 
 class NoiseOfEachSample:
@@ -319,15 +322,17 @@ class LookAtWhatIsLeft:
         shape = (batch, *latent["samples"].shape[1:])
         found = {
             "weights": {name: weights(network) for name, network in networks.items()},
+            "objects": {name: objects(network) for name, network in networks.items()},
             "hooks": {name: hooks(network) for name, network in networks.items()},
             "patches": patches(model),
             "process": process(),
             "random": sorted(Witness.changed),
             "drawn": drawn(seed, shape),
-            "struck": Strike.struck,
+            "struck": [Strike.struck, Strike.after],
             "tensors": tensors(),
         }
-        Strike.struck, Witness.changed = 0, set()
+        Strike.struck = Strike.after = 0
+        Witness.changed = set()
         return {"ui": {"text": [json.dumps(found)]}, "result": (latent,)}
 
 
@@ -335,13 +340,16 @@ def digest(value: str | bytes) -> str:
     return hashlib.sha1(value.encode() if isinstance(value, str) else value).hexdigest()
 
 
+def objects(network: nn.Module) -> list[list[int]]:
+    """Of each parameter and buffer: which object it is, and where it lies."""
+    return [[id(tensor), tensor.data_ptr()] for tensor in (*network.parameters(), *network.buffers())]
+
+
 def weights(network: nn.Module) -> dict[str, list[Any]]:
-    """Of each parameter and buffer: which object it is, where it lies, its bytes, and how autograd sees it."""
+    """Of each parameter and buffer: its bytes, and how autograd sees it."""
     slots = [*network.named_parameters(), *network.named_buffers()]
     return {
         name: [
-            id(tensor),
-            tensor.data_ptr(),
             digest(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes()),
             tensor.is_inference(),
             tensor.requires_grad,

@@ -32,7 +32,7 @@ _salt = itertools.count(1)
 
 @dataclass
 class Outcome:
-    """How a prompt ended: "finishes", "stops" or "is cancelled"; what it said; and the bits of each latent."""
+    """How a prompt ended: "goes on", "stops" or "is cancelled"; what it said; and the bits of each latent."""
 
     end: str
     message: str = ""
@@ -55,6 +55,11 @@ class Left:
         """All that has to stay."""
         return {name: self.seen[name] for name in ("weights", "hooks", "patches", "process", "random")}
 
+    @property
+    def bytes(self) -> list[str]:
+        """Of all weights."""
+        return [about[0] for network in self.seen["weights"].values() for about in network.values()]
+
 
 class Faulty:
     """A server whose first prompt is an unguided one: what a fresh server gives, and how it is then."""
@@ -73,7 +78,7 @@ class Faulty:
         try:
             run = self.server.run(prompt, on_progress=follow, timeout=120, **options)
             text = [text for output in run.outputs.values() for text in output.get("text", [])]
-            outcome = Outcome("finishes", "", "", text[:-1], text[-1:] != ["not finite"], run)
+            outcome = Outcome("goes on", "", "", text[:-1], text[-1:] != ["not finite"], run)
         except ExecutionError as error:
             outcome = Outcome("stops", error.exception_message, error.node_type, run=seen[0] if seen else None)
         except Interrupted:
