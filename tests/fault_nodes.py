@@ -72,9 +72,10 @@ def interrupted() -> BaseException:
 
 def cancel(value: Tensor) -> Tensor:
     """What the Cancel button does, from within: so it comes at this very moment."""
-    server = server_module().PromptServer.instance
+    server, state = server_module().PromptServer.instance, random.getstate()
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     opener.open(urllib.request.Request(f"http://127.0.0.1:{server.port}/interrupt", b"", method="POST"), timeout=30)
+    random.setstate(state)  # the packaged host numbers its spans with it, in another thread
     return value
 
 

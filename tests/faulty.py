@@ -20,7 +20,7 @@ from prompts import BASE, custom, dsg, empty, guided, node
 from safetensors.torch import load_file, save_file
 from sphereguide.demo.run import Prompt
 
-__all__ = ["SIDE", "Faulty", "Left", "Outcome", "faulty", "prompt_with", "running"]
+__all__ = ["SEED", "SIDE", "Faulty", "Left", "Outcome", "faulty", "prompt_with", "running"]
 
 SIDE = 64
 SEED = 0
@@ -88,11 +88,11 @@ class Faulty:
             outcome.log = log.read().decode(errors="replace")
         return outcome
 
-    def look(self, seed: int = SEED, batch: int = 1) -> Left:
+    def look(self, batch: int = 1) -> Left:
         prompt = {
             **BASE,
             "latent": empty(SIDE),
-            "look": node("LookAtWhatIsLeft", **{**LOOK, "seed": seed, "batch": batch}, salt=next(_salt)),
+            "look": node("LookAtWhatIsLeft", **LOOK, batch=batch, salt=next(_salt)),
             "sample": custom(sampler=["plain", 0], latent_image=["look", 0], noise_seed=SEED),
             "bits": BITS,
         }

@@ -6,14 +6,14 @@ import ast
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import websocket
 from bootstrap import ROOT
-from faulty import SIDE, Faulty, Left, Outcome, prompt_with, running
+from faulty import SIDE, Faulty, Left, Outcome, prompt_with
 from prompts import custom, dsg, empty, node
 
 ROWS = {
@@ -102,19 +102,13 @@ FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
-    with running(tmp_path_factory.mktemp("faults")) as faulty:
-        yield faulty
-
-
-@pytest.fixture(scope="module")
-def undisturbed(faulty: Faulty) -> Callable[..., Outcome]:
+def undisturbed(faulty_server: Faulty) -> Callable[..., Outcome]:
     """The run with these nodes and no fault."""
     known: dict[str, Outcome] = {}
 
     def run(**nodes: Any) -> Outcome:
         if (key := json.dumps(nodes, sort_keys=True)) not in known:
-            known[key] = faulty.run(prompt_with(**nodes))
+            known[key] = faulty_server.run(prompt_with(**nodes))
             assert known[key].end == "goes on" and known[key].finite
         return known[key]
 
@@ -137,13 +131,13 @@ def test_every_row_says_what_one_sees_and_what_remains() -> None:
 
 @pytest.mark.server
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_ends_as_the_page_says(faulty: Faulty, undisturbed: Callable[..., Outcome], name: str) -> None:
+def test_a_fault_ends_as_the_page_says(faulty_server: Faulty, undisturbed: Callable[..., Outcome], name: str) -> None:
     fault = FAULTS[name]
     nodes = {"sigmas": SIGMAS, **fault.nodes}
     expected = undisturbed(**nodes)
     settings = {"fault_where": fault.where, "fault_first": fault.first, "fault_times": fault.times}
-    outcome = faulty.run(prompt_with(fault.source, fault.kind, **settings, **nodes))
-    left = as_before(faulty)
+    outcome = faulty_server.run(prompt_with(fault.source, fault.kind, **settings, **nodes))
+    left = as_before(faulty_server)
     ended(outcome, ROWS[name], expected)
     struck, after = left.seen["struck"]
     assert struck == fault.times or (struck and outcome.end == "stops")
@@ -155,9 +149,9 @@ def test_a_fault_ends_as_the_page_says(faulty: Faulty, undisturbed: Callable[...
         assert len(told) == STEPS - 1
 
 
-def as_before(faulty: Faulty) -> Left:
+def as_before(faulty: Faulty, batch: int = 1) -> Left:
     """Nothing is left of what ran last."""
-    left = settled = faulty.look()
+    left = settled = faulty.look(batch)
     if left.state["patches"] != faulty.fresh.state["patches"]:
         # The host takes a LoRA off when it is in the way: the bytes are the same, in other objects.
         settled = faulty.look()
@@ -192,45 +186,45 @@ def ended(outcome: Outcome, row: list[str], undisturbed: Outcome) -> None:
 
 
 @pytest.mark.server
-def test_two_prompts_on_one_model_are_as_if_each_were_alone(faulty: Faulty) -> None:
+def test_two_prompts_on_one_model_are_as_if_each_were_alone(faulty_server: Faulty) -> None:
     first, second = (
         {"guidance_rate": 0.4, "gradient": "full"},
         {"interval": 2, "checkpointing": True, "gradient": "full"},
     )
-    alone = [faulty.run(prompt_with(sigmas=SIGMAS, sampler=dsg(**given))) for given in (first, second)]
+    alone = [faulty_server.run(prompt_with(sigmas=SIGMAS, sampler=dsg(**given))) for given in (first, second)]
     assert alone[0].bits != alone[1].bits
-    waiting = faulty.server.queue(prompt_with(sigmas=SIGMAS, sampler=dsg(**first)))
-    together = faulty.run(prompt_with(sigmas=SIGMAS, sampler=dsg(**second)))
+    waiting = faulty_server.server.queue(prompt_with(sigmas=SIGMAS, sampler=dsg(**first)))
+    together = faulty_server.run(prompt_with(sigmas=SIGMAS, sampler=dsg(**second)))
     assert together.bits == alone[1].bits
-    assert bits_of(faulty, waiting) == alone[0].bits
-    as_before(faulty)
+    assert bits_of(faulty_server, waiting) == alone[0].bits
+    as_before(faulty_server)
 
 
 @pytest.mark.server
-def test_nodes_of_before_and_after_a_reload_go_together(faulty: Faulty) -> None:
+def test_nodes_of_before_and_after_a_reload_go_together(faulty_server: Faulty) -> None:
     for changes in ({}, {"guidance_rate": 0.5}):
         settings = {"gradient": "full", **changes}
-        expected = faulty.run(prompt_with(sigmas=SIGMAS, sampler=dsg(**settings)))
-        faulty.run(prompt_with(sigmas=SIGMAS))
+        expected = faulty_server.run(prompt_with(sigmas=SIGMAS, sampler=dsg(**settings)))
+        faulty_server.run(prompt_with(sigmas=SIGMAS))
         # The loss, and without changes the guided sampler, are of before; what samples is loaded in between.
         reload = node("ReloadSphereGuide", latent=["empty", 0], salt=len(changes))
         nodes = {"empty": empty(SIDE), "latent": reload, "sampler": dsg(**settings)}
-        outcome = faulty.run(prompt_with(sigmas=SIGMAS, **nodes))
+        outcome = faulty_server.run(prompt_with(sigmas=SIGMAS, **nodes))
         assert (outcome.message, outcome.bits) == ("", expected.bits)
-        as_before(faulty)
+        as_before(faulty_server)
 
 
 @pytest.mark.server
-def test_a_run_goes_on_without_its_page(faulty: Faulty) -> None:
-    expected = faulty.run(prompt_with(sigmas=SIGMAS))
-    server = faulty.server
+def test_a_run_goes_on_without_its_page(faulty_server: Faulty) -> None:
+    expected = faulty_server.run(prompt_with(sigmas=SIGMAS))
+    server = faulty_server.server
     page = websocket.create_connection(f"ws://127.0.0.1:{server.port}/ws?clientId={server.client_id}", timeout=60)
     waiting = server.queue(prompt_with(sigmas=SIGMAS))
     while '"progress"' not in str(page.recv()):
         pass
     page.close()
-    assert bits_of(faulty, waiting) == expected.bits
-    as_before(faulty)
+    assert bits_of(faulty_server, waiting) == expected.bits
+    as_before(faulty_server)
 
 
 def bits_of(faulty: Faulty, prompt_id: str) -> list[str]:
