@@ -20,7 +20,7 @@ from prompts import BASE, custom, dsg, empty, guided, node
 from safetensors.torch import load_file, save_file
 from sphereguide.demo.run import Prompt
 
-__all__ = ["SEED", "SIDE", "Faulty", "Left", "Outcome", "faulty", "prompt_with", "running"]
+__all__ = ["FULL", "SEED", "SIDE", "Faulty", "Left", "Outcome", "faulty", "prompt_with", "running"]
 
 SIDE = 64
 SEED = 0
@@ -77,7 +77,7 @@ class Faulty:
 
         try:
             run = self.server.run(prompt, on_progress=follow, timeout=120, **options)
-            text = [text for output in run.outputs.values() for text in output.get("text", [])]
+            text = run.outputs.get("save", {}).get("text", [])
             outcome = Outcome("goes on", "", "", text[:-1], text[-1:] != ["not finite"], run)
         except ExecutionError as error:
             outcome = Outcome("stops", error.exception_message, error.node_type, run=seen[0] if seen else None)
@@ -87,6 +87,13 @@ class Faulty:
             log.seek(before)
             outcome.log = log.read().decode(errors="replace")
         return outcome
+
+    def restart(self) -> None:
+        """Kill the process and start another, with the same files."""
+        self.server.process.kill()
+        self.server.process.wait()
+        self.server.start()
+        self.fresh = self.look()
 
     def look(self, batch: int = 1) -> Left:
         prompt = {
