@@ -152,7 +152,7 @@ def test_a_storm_of_cancels_leaves_the_server_as_it_was(faulty_server: Faulty) -
 def test_a_batch_of_four_is_four_single_runs(faulty_server: Faulty) -> None:
     """As nearly as the host allows: its convolutions round a batch of four in another way, which guidance amplifies.
 
-    (With a model that rounds alike, it is exact: `test_a_batch_is_its_samples`.) The host draws other noise for a batch
+    (Of each method, on an exact model: `test_a_batch_is_its_samples`.) The host draws other noise for a batch
     than for a single run, so that is made alike here.
     """
 
