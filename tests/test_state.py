@@ -20,7 +20,7 @@ from sphereguide.samplers.tfg import PRESETS
 from test_faults import as_before
 
 MORE = os.environ.get("SPHEREGUIDE_EXAMPLES")
-EXAMPLES = int(MORE or 15)
+EXAMPLES = int(MORE or 12)
 SAMPLERS = ("euler_ancestral", "ddpm", "dpmpp_sde", "dpmpp_2m_sde", "lcm", "dpm_2_ancestral")
 LORA = node("LoraLoaderModelOnly", model=["toy", 0], lora_name="lora.safetensors", strength_model=0.5)
 CARRIES_GUIDANCE = importlib.util.find_spec("comfy.patcher_extension") is not None
