@@ -49,7 +49,7 @@ def test_rounds_of_guided_prompts_leave_no_tensor_handle_or_thread(faulty_server
     for i in range(3):
         count = len(endurance.WORKFLOWS)
         list(endurance.endured(faulty_server.server, endurance.prompts(count, SIDE, first_seed=100 + i * count)))
-        tensors = as_before(faulty_server, seeded=False).seen["tensors"]
+        tensors = as_before(faulty_server, draws=None).seen["tensors"]
         found.append({"tensors": tensors, **endurance.measured(process)})
     _, second, third = found  # in the first, caches fill
     assert third["tensors"] == second["tensors"]
@@ -143,7 +143,7 @@ def test_a_storm_of_cancels_leaves_the_server_as_it_was(faulty_server: Faulty) -
     for prompt_id in queued:  # no picture of any
         history = server.get_json(f"/history/{prompt_id}")
         assert not history or not history[prompt_id]["outputs"].get("save")
-    as_before(faulty_server)
+    as_before(faulty_server, draws=None)
 
 
 # -- the same bits -----------------------------------------------------------------------------------------------------
