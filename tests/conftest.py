@@ -51,3 +51,12 @@ def comfy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
 
     with ComfyServer(tmp_path_factory.mktemp("comfyui"), pack_name="sphere-guide-main") as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def faulty_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    """A running ComfyUI with the pack, and with nodes that break things: a `faulty.Faulty`."""
+    from faulty import running
+
+    with running(tmp_path_factory.mktemp("faulty")) as faulty:
+        yield faulty

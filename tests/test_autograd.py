@@ -94,6 +94,20 @@ def test_weights_are_put_back_after_an_error(patcher):
     assert not any("forward" in vars(module) for module in patcher.model.modules())
 
 
+def test_the_host_may_load_a_model_anew_within_the_block(patcher):
+    before = weights(patcher.model)
+    bias = patcher.model.diffusion_model.out[2].bias
+    with torch.inference_mode():
+        with differentiable(patcher.model) as recording:
+            with recording.put_back():
+                assert weights(patcher.model) == before and torch.is_inference_mode_enabled()
+                patcher.model.diffusion_model.out[2].bias = torch.nn.Parameter(bias.clone())  # as a LoRA is taken off
+            within = weights(patcher.model).values()
+            assert not any(is_inference for *_, is_inference in within) and not torch.is_inference_mode_enabled()
+        patcher.model.diffusion_model.out[2].bias = bias
+    assert weights(patcher.model) == before
+
+
 def test_tied_weights_stay_tied():
     with torch.inference_mode():
         module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))

@@ -300,7 +300,7 @@ class _Training:
         ) -> Tensor:
             graphs = 2 * self.settings.steps - 1 if self.endpoint else 1
             options = (TITLE, REMEDY, "full", self.plan.checkpointing)
-            with prepared(model, x, extra_args, *options, graphs=graphs) as (recording, extra_args):
+            with prepared(model, x, extra_args, *options, graphs=graphs) as (recording, extra_args, _):
                 x = x.clone()  # no inference tensor, out here
                 targets = self._targets(stage, batch, model, x, extra_args)
                 result.append(function(model, x, extra_args, recording, targets))

@@ -1,0 +1,187 @@
+"""Whatever is guided by whatever, and however it ends: the server is then as a fresh one is.
+
+Random graphs of the pack's nodes, in a running ComfyUI. SPHEREGUIDE_EXAMPLES sets how many; more than the default are
+other ones each time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import pytest
+from fault_nodes import KINDS, MESSAGE
+from faulty import SEED, SIDE, Faulty, prompt_with
+from hypothesis import HealthCheck, Phase, given, note, settings
+from hypothesis import strategies as st
+from prompts import PICTURE, STEPS, custom, empty, node
+from sphereguide.samplers.tfg import PRESETS
+from test_faults import as_before
+
+MORE = os.environ.get("SPHEREGUIDE_EXAMPLES")
+EXAMPLES = int(MORE or 12)
+SAMPLERS = ("euler_ancestral", "ddpm", "dpmpp_sde", "dpmpp_2m_sde", "lcm", "dpm_2_ancestral")
+LORA = node("LoraLoaderModelOnly", model=["toy", 0], lora_name="lora.safetensors", strength_model=0.5)
+CARRIES_GUIDANCE = importlib.util.find_spec("comfy.patcher_extension") is not None
+PERCENTS = {"start_percent": 0.0, "end_percent": 1.0}
+
+
+class Graph:
+    """Nodes by name; `add` returns the name of a new one."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, dict[str, Any]] = {}
+
+    def add(self, class_type: str, **inputs: Any) -> list[Any]:
+        name = f"{class_type} {len(self.nodes)}"
+        self.nodes[name] = node(class_type, **inputs)
+        return [name, 0]
+
+
+def draw_loss(draw: Any, graph: Graph, depth: int) -> list[Any]:
+    kinds = ["low pass", "super-resolution", "blur", "motion", "inpainting"]
+    kind = draw(st.sampled_from(kinds + ["sum", "schedule", "region"] * (depth > 0)))
+    if kind == "low pass":
+        return graph.add("SphereGuideLowPassLoss", image=PICTURE, factor=draw(st.sampled_from((2, 8))))
+    if kind == "super-resolution":
+        small = graph.add("ImageScale", image=PICTURE, upscale_method="area", width=16, height=16, crop="disabled")
+        return graph.add("SphereGuideSuperResolutionLoss", image=small, factor=4)
+    if kind == "blur":
+        return graph.add("SphereGuideGaussianDeblurLoss", image=PICTURE, kernel_size=9, sigma=2.0)
+    if kind == "motion":
+        return graph.add("SphereGuideMotionDeblurLoss", image=PICTURE, length=7, angle=30.0)
+    if kind == "inpainting":
+        mask = graph.add("SolidMask", value=1.0, width=SIDE, height=SIDE)
+        return graph.add("SphereGuideInpaintingLoss", image=PICTURE, mask=mask)
+    inner = draw_loss(draw, graph, depth - 1)
+    if kind == "sum":
+        weights = {f"weight_{i}": draw(st.sampled_from((1.0, -0.5))) for i in range(1, 5)}
+        other = draw_loss(draw, graph, depth - 1)
+        return graph.add(
+            "SphereGuideCombineLosses", loss_1=inner, loss_2=other, normalise=draw(st.booleans()), **weights
+        )
+    if kind == "schedule":
+        curve = draw(st.sampled_from(("constant", "ramp up", "ramp down")))
+        return graph.add("SphereGuideScheduleLoss", loss=inner, weight=1.0, curve=curve, **PERCENTS)
+    mask = graph.add("SolidMask", value=1.0, width=SIDE, height=SIDE)
+    return graph.add("SphereGuideMaskLoss", loss=inner, mask=mask, sees="whole image")
+
+
+@st.composite
+def graphs(draw: Any) -> tuple[dict[str, Any], int]:
+    """The nodes of a guided run on one step after the other, and the size of its batch."""
+    graph, batch = Graph(), draw(st.sampled_from((1, 2)))
+    loss = draw_loss(draw, graph, depth=2)
+    graph.nodes["loss"] = graph.nodes.pop(loss[0])
+    name = draw(st.sampled_from(SAMPLERS))
+    method = draw(st.sampled_from(["DSG", "DPS", "DiffRGD", "TFG", "KSampler"] + ["Model"] * CARRIES_GUIDANCE))
+    cfg = draw(st.sampled_from((1.0, 3.0)))
+    steps = {
+        **STEPS,
+        "gradient": draw(st.sampled_from(("full", "cond only", "fast"))),
+        "checkpointing": draw(st.booleans()),
+        "interval": draw(st.sampled_from((1, 2))),
+        "start_percent": draw(st.sampled_from((0.0, 0.1))),
+        "loss": ["loss", 0],
+        "vae": ["toy", 2],
+        "decode_scale": draw(st.sampled_from((0.5, 1.0))),
+    }
+    model = ["toy", 0]
+    if draw(st.booleans()):
+        graph.nodes["lora"] = LORA
+        model = ["lora", 0]
+    scaling = {"schedule": "uniform", "b": 1.01, "k": 0.0, **PERCENTS}
+    if draw(st.booleans()):
+        model = graph.add("SphereGuideEpsilonScalingModel", model=model, **scaling)
+    sampler = ["plain", 0]
+    if draw(st.booleans()):
+        sampler = graph.add("SphereGuideEpsilonScaling", sampler=sampler, **scaling)
+    if draw(st.booleans()) and method != "KSampler":
+        sampler = graph.add("SphereGuideILVR", sampler=sampler, reference=["latent", 0], factor=2, **PERCENTS)
+    recurrence = {"recurrence": draw(st.sampled_from((0, 2))), "recurrence_start": 0.0, "recurrence_end": 1.0}
+    text = {"positive": ["text", 0], "negative": ["unused", 0]}
+    if method == "KSampler":
+        run = {"seed": SEED, "steps": 3, "cfg": cfg, "sampler_name": name, "scheduler": "normal", "denoise": 1.0}
+        wires = {"model": model, "latent_image": ["latent", 0], **text}
+        sample = node("SphereGuideKSampler", **wires, **run, **steps, guidance_rate=0.3, rate_steps=50, **recurrence)
+    else:
+        if method == "DSG":
+            own = {"guidance_rate": 0.3, "rate_steps": draw(st.sampled_from((0, 50))), **recurrence}
+        elif method == "Model":
+            own = {"guidance_rate": 0.3, **recurrence}
+        elif method == "DPS":
+            own = {"step_size": 0.5}
+        elif method == "DiffRGD":
+            own = {"step_size": 5.0, "iterations": draw(st.sampled_from((1, 2)))}
+        else:
+            own = {"preset": draw(st.sampled_from(list(PRESETS))), "rho": 0.5, "mu": 0.5, "n_iter": 2, "n_recur": 2}
+            own |= {"sigma_bar": draw(st.sampled_from((0.0, 0.05))), "samples": 2}
+        if method == "Model":
+            model = graph.add("SphereGuideDSGModel", model=model, **steps, **own)
+        else:
+            sampler = graph.add(f"SphereGuide{method}", sampler=sampler, **steps, **own)
+        witness = graph.add("Witness", sampler=sampler)
+        sample = custom(model=model, sampler=witness, cfg=cfg, negative=["unused", 0], noise_seed=SEED)
+    return {
+        **graph.nodes,
+        "plain": node("KSamplerSelect", sampler_name=name),
+        "sigmas": node("BasicScheduler", model=["toy", 0], scheduler="normal", steps=3, denoise=1.0),
+        "latent": empty(SIDE, batch),
+        "sampler": node("KSamplerSelect", sampler_name=name),  # that of `prompts.guided`
+        "sample": sample,
+    }, batch
+
+
+faults = st.one_of(
+    st.just(None),
+    st.tuples(
+        st.sampled_from(("loss", "vae", "model", "sampler")),
+        st.sampled_from(sorted(KINDS)),
+        st.sampled_from(("forward", "backward")),
+        st.integers(0, 4),
+        st.sampled_from((1, 99)),
+    ),
+)
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_after_any_guided_run_the_server_is_as_a_fresh_one(faulty_server: Faulty) -> None:
+    @settings(
+        max_examples=EXAMPLES,
+        derandomize=not MORE,
+        phases=tuple(Phase) if MORE else (Phase.generate,),  # shrinking takes minutes
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(graphs(), faults)
+    def check(drawn: tuple[dict[str, Any], int], fault: tuple[Any, ...] | None) -> None:
+        nodes, batch = drawn
+        if fault is None:
+            prompt = prompt_with(**nodes)
+        else:
+            source, kind, where, first, times = fault
+            prompt = prompt_with(source, kind, fault_where=where, fault_first=first, fault_times=times, **nodes)
+        outcome = faulty_server.run(prompt)
+        note(f"{outcome.end} {outcome.message}")
+        left = as_before(faulty_server, batch)
+        struck, after = left.seen["struck"]
+        if not struck:
+            assert outcome.end == "goes on"
+        elif kind in ("raises", "out of host memory"):
+            assert outcome.end == "stops" and MESSAGE in outcome.message and struck == 1
+        elif kind == "interrupted":
+            assert outcome.end == "is cancelled" and struck == 1
+        elif kind == "out of memory":
+            again = "out of memory. Trying again with checkpointing" in outcome.log
+            assert (outcome.end == "stops" and MESSAGE in outcome.message) or (outcome.end == "goes on" and again)
+        elif kind == "cancel":
+            assert outcome.end == "is cancelled" or after == 0  # none, where it came too late
+        else:
+            assert outcome.end == "goes on"
+        if fault is None or kind == "evict" or (kind in ("NaN", "infinite") and source == "loss"):
+            assert outcome.finite
+
+    check()
