@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_flatten
 from ... import host
 from ..kernel import noise_of, per_sample, prepared
 from .bottleneck import watched
-from .predictor import AMEDPredictor, AMEDSettings, fingerprint, load, read, write
+from .predictor import DELETE, AMEDPredictor, AMEDSettings, fingerprint, load, read, write
 from .sampling import base_sigmas, intervals, look, sampled
 from .schedules import RHO, time_points
 from .students import ORDERS, AdamsBashforth, Choice, DPMSolverPP, Solver, Student, classical, heun
@@ -464,11 +464,20 @@ class _Training:
             if self.rank == 0:
                 self.kept.replace(aside)
             return
-        self.best, self.iteration, self.seconds = best, header["iteration"], best.settings.seconds
-        history = header["history"]
-        errors = [(int(i), float(error)) for i, error in history["errors"]]
-        self.history = History(history["losses"], errors, history["student_error"])
-        self._restore(state)
+        try:
+            history = header["history"]
+            errors = [(int(i), float(error)) for i, error in history["errors"]]
+            losses = [[float(loss) for loss in each] for each in history["losses"]]
+            self.history = History(losses, errors, float(history["student_error"]))
+            self.iteration = len(losses)
+            if not errors or header["iteration"] != self.iteration or not 0 <= self.iteration <= self.plan.iterations:
+                raise ValueError(f"it says that it is at iteration {header['iteration']}")
+            self._restore(state)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
+            raise ValueError(
+                f"{TITLE}: the training in {self.kept} can't be gone on with. {DELETE} ({' '.join(str(error).split())})"
+            ) from error
+        self.best, self.seconds = best, best.settings.seconds
         log.info("%s: goes on at iteration %d of %d.", TITLE, self.iteration, self.plan.iterations)
 
 
