@@ -1,0 +1,51 @@
+"""Numbers that come by wire are held to the limits of the widgets that they stand in for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from sphereguide import NODE_CLASS_MAPPINGS
+from sphereguide.nodes.limits import within_limits
+
+
+class Counting:
+    FUNCTION = "count"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        whole = ("INT", {"default": 1, "min": 1, "max": 9})
+        return {"required": {"count": whole}, "optional": {"share": ("FLOAT", {"min": 0.0, "max": 1.0})}}
+
+    def count(self, count: int, **others: float) -> int:
+        return count
+
+
+@pytest.fixture(scope="module")
+def counting() -> Iterator[Any]:
+    yield within_limits(Counting, "Count")()
+
+
+@pytest.mark.parametrize("count", [0, 10, 10**12, float("nan"), float("inf"), None, "3", [3]])
+def test_a_number_beyond_its_limits_stops_the_node(counting: Any, count: Any) -> None:
+    words = r"^Count: count is .*, and must be a number from 1 to 9\. Change what is wired to it\.$"
+    with pytest.raises(ValueError, match=words):
+        counting.count(count)
+    with pytest.raises(ValueError, match=words):
+        counting.count(count=count)
+
+
+def test_numbers_within_their_limits_pass(counting: Any) -> None:
+    assert counting.count(9) == counting.count(count=1, share=1.0) + 8
+    with pytest.raises(ValueError, match="share is nan"):
+        counting.count(1, share=float("nan"))
+
+
+def test_every_number_of_every_node_has_limits() -> None:
+    for node_id, kind in NODE_CLASS_MAPPINGS.items():
+        declared = kind.INPUT_TYPES()
+        for name, spec in {**declared.get("required", {}), **declared.get("optional", {})}.items():
+            if spec[0] in ("INT", "FLOAT"):
+                assert spec[1]["min"] < spec[1]["max"], (node_id, name)
+        assert getattr(kind, kind.FUNCTION).__wrapped__, node_id
