@@ -229,7 +229,6 @@ def _noise_aware(folder: Path, config: dict[str, Any], title: str) -> NoisyLaten
     weights = load_weights(path, title)
     try:
         network = built(lambda: NoisyLatentClassifier(**settings), weights.values(), folder / "config.json", title)
-        label_names(list(network.labels), len(network.labels), folder, title)
     except TooLarge:
         raise
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
@@ -237,4 +236,5 @@ def _noise_aware(folder: Path, config: dict[str, Any], title: str) -> NoisyLaten
             f"{title}: the settings in {folder / 'config.json'} make no classifier. Get the folder again from where it "
             f"comes. ({shortened(error)})"
         ) from error
+    label_names(network.labels, len(network.labels), folder, title)
     return fill(network, weights, path, NoisyLatentClassifier.__name__, title)

@@ -86,6 +86,7 @@ def path_of(name: str, choice: str, title: str, advice: str = PUT) -> Path:
     for one outside of the folder.
     """
     choice = choice.encode(errors="replace").decode()  # half a character stops the host that reports it
+    shown = shortened(choice, 200)
     for root in map(Path, folder_paths.get_folder_paths(name)):
         try:
             path, top = (root / choice).resolve(), root.resolve()
@@ -96,11 +97,11 @@ def path_of(name: str, choice: str, title: str, advice: str = PUT) -> Path:
         except (OSError, ValueError, RuntimeError):  # a name that no file can have, or links in a circle
             break
         if not inside:
-            raise ValueError(f"{title}: '{choice}' lies outside of models/{name}. Put it there, and choose it again.")
+            raise ValueError(f"{title}: '{shown}' lies outside of models/{name}. Put it there, and choose it again.")
         if exists:
             return path
     places = ", ".join(folder_paths.get_folder_paths(name))
-    raise FileNotFoundError(f"{title}: '{choice}' is not in models/{name} (looked in {places}). {advice}")
+    raise FileNotFoundError(f"{title}: '{shown}' is not in models/{name} (looked in {places}). {advice}")
 
 
 def load_weights(path: Path, title: str) -> dict[str, Tensor]:

@@ -35,6 +35,9 @@ ARCHITECTURES = (
     "fcn_resnet101",
 )
 
+LONGEST = 16
+"""The longer side of a picture over the shorter, at most."""
+
 CITYSCAPES = {
     "road": "#804080",
     "sidewalk": "#f423e8",
@@ -86,6 +89,11 @@ class SegmentationNetwork(ImageNetwork):
     def input_size(self, height: int, width: int) -> tuple[int, int]:
         if self.fixed:
             return self.size
+        if max(height, width) > LONGEST * min(height, width):  # a strip of one pixel would grow to a terabyte
+            raise ValueError(
+                f"Segmentation Loss: a picture of {width}×{height} pixels is too long and narrow for the network, which "
+                f"sees it with a shorter side of {min(self.size)}. Take a latent whose sides are at most 1 to {LONGEST}."
+            )
         scale = min(self.size) / min(height, width) / self.multiple
         return max(1, round(height * scale)) * self.multiple, max(1, round(width * scale)) * self.multiple
 

@@ -217,6 +217,14 @@ class _Training:
         positive, negative = prompts
         if not positive or (not negative and settings.cfg != 1):
             raise ValueError(f"{TITLE}: there is no {'negative' if positive else 'positive'} prompt. Connect one.")
+        kept_states = (plan.trajectories if plan.epochs > 1 else 0) + JUDGED
+        size = kept_states // self.world * settings.steps * math.prod(shape) * 4
+        free = comfy.model_management.get_free_memory(torch.device("cpu"))
+        if size > free:
+            raise ValueError(
+                f"{TITLE}: what the teacher gives for {kept_states} trajectories takes {size / 2**30:.3g} GB, and "
+                f"{free / 2**30:.3g} GB of memory are free. Lower trajectories, or set epochs to 1, which keeps nothing."
+            )
         self.guider, self.prompts, self.shape, self.plan = guider, prompts, shape, plan
         self.settings, self.kept, self.progress = settings, kept, progress
         self.sigmas = base_sigmas(AMEDPredictor.untrained(settings))
