@@ -94,8 +94,8 @@ class VGGLayers(nn.Module):
         height, width = images.shape[-2:]
         if max(height, width) > LONGEST * min(height, width):  # a strip of one pixel would grow to a terabyte
             raise ValueError(
-                f"Style Gram Loss: a picture of {width}×{height} pixels is too long and narrow for vgg, which sees it with "
-                f"a shorter side of {self.side}. Take one whose sides are at most 1 to {LONGEST}."
+                f"Style Gram Loss: a picture of {width}×{height} pixels is too long and narrow for vgg, which sees it "
+                f"with a shorter side of {self.side}. Take one whose sides are at most 1 to {LONGEST}."
             )
         scale = self.side / min(height, width)
         size = round(height * scale), round(width * scale)

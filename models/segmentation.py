@@ -91,8 +91,9 @@ class SegmentationNetwork(ImageNetwork):
             return self.size
         if max(height, width) > LONGEST * min(height, width):  # a strip of one pixel would grow to a terabyte
             raise ValueError(
-                f"Segmentation Loss: a picture of {width}×{height} pixels is too long and narrow for the network, which "
-                f"sees it with a shorter side of {min(self.size)}. Take a latent whose sides are at most 1 to {LONGEST}."
+                f"Segmentation Loss: a picture of {width}×{height} pixels is too long and narrow for the network, "
+                f"which sees it with a shorter side of {min(self.size)}. Take a latent whose sides are at most 1 to "
+                f"{LONGEST}."
             )
         scale = min(self.size) / min(height, width) / self.multiple
         return max(1, round(height * scale)) * self.multiple, max(1, round(width * scale)) * self.multiple

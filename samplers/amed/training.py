@@ -223,7 +223,8 @@ class _Training:
         if size > free:
             raise ValueError(
                 f"{TITLE}: what the teacher gives for {kept_states} trajectories takes {size / 2**30:.3g} GB, and "
-                f"{free / 2**30:.3g} GB of memory are free. Lower trajectories, or set epochs to 1, which keeps nothing."
+                f"{free / 2**30:.3g} GB of memory are free. Lower trajectories, or set epochs to 1, which keeps "
+                "nothing."
             )
         self.guider, self.prompts, self.shape, self.plan = guider, prompts, shape, plan
         self.settings, self.kept, self.progress = settings, kept, progress
