@@ -165,8 +165,8 @@ def _from_file(path: Path, architecture: str, title: str) -> ImageClassifier:
     architecture = architecture.strip().lower() or architecture_of(path, known, title)
     if architecture not in known:
         raise ValueError(
-            f"{title}: torchvision has no classifier named '{architecture}'. Set architecture to one of: "
-            f"{', '.join(known)}."
+            f"{title}: torchvision has no classifier named '{shortened(architecture, 200)}'. Set architecture to one "
+            f"of: {', '.join(known)}."
         )
     weights = load_weights(path, title)
     # The head is torchvision's last layer of one of these names: classifier.6 of VGG, heads.head of a ViT …

@@ -124,16 +124,17 @@ def class_index(labels: Sequence[str], name: str, title: str) -> int:
         return found[0]
     if found:
         raise ValueError(
-            f"{title}: {' and '.join(f'{i} ({labels[i]})' for i in found)} are all classes named '{name}'. Give the "
-            "number of one."
+            f"{title}: {' and '.join(f'{i} ({labels[i]})' for i in found)} are all classes named "
+            f"'{shortened(name, 200)}'. Give the number of one."
         )
-    if name.strip().isdecimal() and int(name) < len(labels):
-        return int(name)
+    number = name.strip()
+    if number.isdecimal() and len(number) < 10 and int(number) < len(labels):  # Python reads no number of any length
+        return int(number)
     names = {_plain(part): part.strip() for label in labels for part in [label, *label.split(",")]}
     close = [names[match] for match in difflib.get_close_matches(wanted, names, 5)]
     shown = ", ".join(labels[:40]) + (f" … ({len(labels)} in all, see the loader's labels)" if len(labels) > 40 else "")
     raise ValueError(
-        f"{title}: the network has no class '{name}'. "
+        f"{title}: the network has no class '{shortened(name, 200)}'. "
         + (f"Did you mean {' or '.join(close)}? " if close else "")
         + f"Its classes: {shown}."
     )

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from sphereguide.models.classifier import NoisyLatentClassifier
 from torch import Tensor
 
-__all__ = ["write_broken_files", "write_pictures", "write_resnet"]
+__all__ = ["write_broken_files", "write_networks", "write_pictures", "write_resnet"]
 
 OWN = ROOT / "demo" / "weights"
 TOY = "toy_portraits"
@@ -155,6 +155,23 @@ def write_pictures(folder: Path) -> None:
         from skimage import data
 
         Image.fromarray(np.concatenate([data.astronaut()[:256, 100:356]] * 2, 1)).save(folder / "faces.png")
+
+
+def write_networks(models: Path) -> None:
+    """With random weights, those that Toy Portraits lacks: VGG19, torchvision's ResNet18, a noise-aware classifier."""
+    from torchvision.models import resnet18
+    from torchvision.models.vgg import cfgs, make_layers
+
+    noisy = {"in_channels": 4, "labels": ["a", "b"], "width": 8, "channel_mult": [1], "blocks": 1}
+    for folder in ("vgg", "classifiers/noisy"):
+        (models / folder).mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng(devices=[]):
+        features = make_layers(cfgs["E"], batch_norm=False).state_dict()
+        save_file({f"features.{name}": value for name, value in features.items()}, models / "vgg" / "vgg19.safetensors")
+        resnet = resnet18(weights=None, num_classes=3).state_dict()
+        save_file(resnet, models / "classifiers" / "resnet18_3.safetensors")
+        save_file(NoisyLatentClassifier(**noisy).state_dict(), models / "classifiers" / "noisy" / "model.safetensors")
+    (models / "classifiers" / "noisy" / "config.json").write_text(json.dumps({**SETTINGS, **noisy}))
 
 
 def write_resnet(folder: Path) -> None:

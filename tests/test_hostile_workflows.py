@@ -15,17 +15,19 @@ import re
 import threading
 import time
 import urllib.error
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
-from broken_files import write_pictures
+from broken_files import write_networks, write_pictures
 from comfy_server import ComfyServer, ExecutionError, Interrupted, PromptRejected
-from prompts import BASE, DSG, LOW_PASS, SAMPLED, custom, empty, node
-from sphereguide import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+from prompts import BASE, DSG, LOW_PASS, RANGE, SAMPLED, custom, empty, node
+from sphereguide import NODE_CLASS_MAPPINGS
 from sphereguide.demo.run import Prompt
 from test_hostile_files import TRICKS
+from test_troubleshooting import for_users, source_of
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -59,15 +61,34 @@ SINKS: dict[str, dict[str, Any]] = {
     ),
     "GUIDANCE_LOSS": node("SphereGuideDSG", **{**DSG, "loss": ..., "sampler": ["plain", 0]}),
     "GUIDANCE_TRACE": node("SphereGuideReport", samples=["latent", 0], trace=...),
-    "FLOAT": node("EmptyLatentImage", width=16, height=16, batch_size=1),  # nothing of the pack's own to break
-    "INT": node("EmptyLatentImage", width=16, height=16, batch_size=1),
+    "FLOAT": node("SphereGuideScheduleLoss", loss=["loss", 0], weight=..., curve="constant", **RANGE),
+}
+#: What those give that are no end.
+GIVES = {
+    **{"MaskToImage": "IMAGE", "SamplerCustom": "LATENT", "KSampler": "LATENT", "SphereGuideDSG": "SAMPLER"},
+    **{"SphereGuideReport": "LATENT", "SphereGuideScheduleLoss": "GUIDANCE_LOSS"},
 }
 START: Prompt = {
     **BASE,
-    "latent": empty(16),
+    "latent": empty(),
     "loss": LOW_PASS,
     "mask": node("SolidMask", value=1.0, width=16, height=16),
     "guided": node("SphereGuideDSG", **{**DSG, "sampler": ["plain", 0]}),
+    "small": node("ImageScale", image=["picture", 0], upscale_method="area", width=32, height=32, crop="disabled"),
+    "drawn": node("SphereGuideDrawToyPortraits", first=0, count=8),
+    "real": node("VAEEncode", pixels=["drawn", 0], vae=["toy", 2]),
+}
+#: What a node needs to run that its declaration does not tell: wires and texts in place of its own.
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "SphereGuideCLIPTextLoss": {"text": "a face"},
+    "SphereGuideClassifierLoss": {"class_name": "0"},
+    "SphereGuideEpsilonScalingCalibrate": {"latents": ["real", 0]},
+    "SphereGuideFaceIDLoss": {"crop": "fixed box"},
+    "SphereGuideGaussianDeblurLoss": {"kernel_size": 31},
+    "SphereGuideSegmentationLoss": {"mask": ["mask", 0], "class_name": "0"},
+    "SphereGuideSegmentationTarget": {"class_name": "0"},
+    "SphereGuideStyleGramLoss": {"open_clip_model": "OPEN_CLIP_MODEL"},
+    "SphereGuideSuperResolutionLoss": {"image": ["small", 0]},
 }
 #: Nodes that measure or train: what they need to be done in seconds.
 SHORT = {
@@ -103,9 +124,13 @@ TEXTS += [" " * 100_000 + "b", "a" + " " * 100_000 + "b", "skin=#" * 10_000, "0:
 
 
 @pytest.fixture(scope="module")
-def server(comfy_server: ComfyServer) -> ComfyServer:
+def server(comfy_server: ComfyServer) -> Iterator[ComfyServer]:
+    before = files(comfy_server)
     write_pictures(comfy_server.input)
-    return comfy_server
+    write_networks(comfy_server.base / "models")
+    yield comfy_server
+    for file in files(comfy_server) - before:  # other modules' tests share the server
+        file.unlink()
 
 
 @pytest.fixture(scope="module")
@@ -133,26 +158,23 @@ class Builder:
         return self._pruned(prompt)
 
     def _add(self, prompt: Prompt, name: str, node_id: str, values: dict[str, Any]) -> None:
+        values = {**EXAMPLES.get(node_id, {}), **values}
+        if node_id == "SphereGuideStyleGramLoss" and "vgg" in values:
+            del values["open_clip_model"]
         inputs = {}
         for key, (kind, options) in inputs_of(self.declared[node_id]).items():
             if key in values:
-                inputs[key] = values[key]
+                inputs[key] = self._source(prompt, kind) if values[key] == kind else values[key]
             elif isinstance(kind, list) or kind == "COMBO":
-                inputs[key] = self._choice(key, kind if isinstance(kind, list) else options["options"], options)
+                inputs[key] = self._choice(kind if isinstance(kind, list) else options["options"], options)
             elif kind in ("INT", "FLOAT", "STRING", "BOOLEAN"):
                 inputs[key] = SHORT.get(key, options.get("default", 0 if kind in ("INT", "FLOAT") else ""))
             elif key in self.declared[node_id]["input"].get("required", {}) or kind == "VAE":
                 inputs[key] = self._source(prompt, kind)
-        if node_id == "SphereGuideStyleGramLoss":
-            inputs["open_clip_model"] = self._source(prompt, "OPEN_CLIP_MODEL")
-        if node_id == "SphereGuideSegmentationLoss":
-            inputs |= {"mask": ["mask", 0], "class_name": values.get("class_name", "0")}
-        if node_id == "SphereGuideClassifierLoss":
-            inputs.setdefault("class_name", "0")
         prompt[name] = node(node_id, **inputs)
 
     @staticmethod
-    def _choice(key: str, options: list[Any], spec: dict[str, Any]) -> Any:
+    def _choice(options: list[Any], spec: dict[str, Any]) -> Any:
         own = [option for option in options if str(option).startswith("toy_portraits")]
         return spec.get("default", (own or options)[0])
 
@@ -172,33 +194,24 @@ class Builder:
             return
         kind = declaration["output"][0]
         if kind in SINKS:
-            sink = deepcopy(SINKS[kind])
-            sink["inputs"] = {key: [name, 0] if value is ... else value for key, value in sink["inputs"].items()}
-            sink_name, prompt["sink of " + kind] = "sink of " + kind, sink
-            if kind in ("FLOAT", "INT"):
-                sink["inputs"]["batch_size"] = [name, declaration["output"].index("INT")]
-            outputs = {"SphereGuideDSG": "SAMPLER", "MaskToImage": "IMAGE", "SaveLatent": "", "PreviewImage": ""}
-            outputs |= {"SphereGuideReport": "LATENT"}
-            given = outputs.get(sink["class_type"], "LATENT")
-            if given:
-                last = deepcopy(SINKS[given])
-                last["inputs"] = {
-                    key: [sink_name, 0] if value is ... else value for key, value in last["inputs"].items()
-                }
-                prompt["sink of " + given + " there"] = last
-                if given == "SAMPLER":
-                    end = deepcopy(SINKS["LATENT"])
-                    end["inputs"]["samples"] = ["sink of SAMPLER there", 0]
-                    prompt["end"] = end
+            self._sink(prompt, kind, [name, 0])
             return
-        taker = next(
-            key for key, value in self.declared.items() if any(spec[0] == kind for spec in inputs_of(value).values())
-        )
-        socket = next(key for key, spec in inputs_of(self.declared[taker]).items() if spec[0] == kind)
+        takers = {
+            key: next((socket for socket, spec in inputs_of(value).items() if spec[0] == kind), None)
+            for key, value in self.declared.items()
+            if kind not in value["output"]
+        }
+        taker, socket = next((key, socket) for key, socket in takers.items() if socket)
         self._add(prompt, f"taker of {kind}", taker, {socket: [name, 0]})
-        if taker == "SphereGuideStyleGramLoss" and kind == "VGG_FEATURES":
-            prompt[f"taker of {kind}"]["inputs"].pop("open_clip_model")
         self._consume(prompt, f"taker of {kind}", taker)
+
+    def _sink(self, prompt: Prompt, kind: str, wire: list[Any]) -> None:
+        """What takes the wire, and what takes what that gives, up to a node that shows or saves it."""
+        sink, name = deepcopy(SINKS[kind]), f"sink of {kind}"
+        sink["inputs"] = {key: list(wire) if value is ... else value for key, value in sink["inputs"].items()}
+        prompt[name] = sink
+        if gives := GIVES.get(sink["class_type"]):
+            self._sink(prompt, gives, [name, 0])
 
     @staticmethod
     def _pruned(prompt: Prompt) -> Prompt:
@@ -245,19 +258,11 @@ def answer(server: ComfyServer, prompt: Prompt) -> str:
 
 
 def assert_sentence(error: ExecutionError) -> None:
-    titles = [
-        *NODE_DISPLAY_NAME_MAPPINGS.values(),
-        "DSG",
-        "DPS",
-        "DiffRGD",
-        "TFG",
-        "ILVR",
-        "There is no schedule",
-        "The ",
-    ]
+    """It is one of those that docs/troubleshooting.md explains, in one line."""
     message = error.exception_message
-    assert error.exception_type in ("ValueError", "FileNotFoundError", "ImportError", "RuntimeError"), str(error)
-    assert message.startswith(tuple(titles)) and re.search(r"[.)/\w]$", message) and len(message) < 300_000, str(error)
+    assert "\n" not in message and len(message) < 3000, str(error)[:3000]
+    source = source_of(message)
+    assert source and for_users(source), f"{error}\n{error.traceback}"
 
 
 def post(server: ComfyServer, body: Any) -> int:
@@ -280,13 +285,9 @@ NODES = sorted(NODE_CLASS_MAPPINGS)
 def test_node_runs_as_it_comes(server: ComfyServer, builder: Builder, node_id: str) -> None:
     """Without this the others would prove nothing: it is their prompt that runs."""
     outcome = answer(server, builder.around(node_id))
-    expected = {  # a file of 80 MB that does not come along; a classifier that does not
-        "SphereGuideLoadVGG": "is not in models/vgg|Value not in list|refused|models/vgg is empty",
-        "SphereGuideLoadImageClassifier": "models/classifiers",
-        "SphereGuideClassifierLoss": "models/classifiers",
-        "SphereGuideDSGModel": "needs ComfyUI 0.3.8|ran",
-    }
-    assert re.search(expected.get(node_id, "ran|cancelled"), outcome), outcome
+    old = "needs ComfyUI 0.3.8"
+    expected = f"{old}|ran" if node_id == "SphereGuideDSGModel" else "ran|cancelled"
+    assert re.search(expected, outcome), outcome
 
 
 def numbers(declaration: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -326,7 +327,7 @@ def test_each_input_of_a_wrong_kind(server: ComfyServer, builder: Builder, node_
     choose = random.Random(node_id)
     for name, (kind, options) in inputs_of(builder.declared[node_id]).items():
         values = wrong(kind, options)
-        for value in values if LONG else choose.sample(values, min(5, len(values))):
+        for value in values if LONG else choose.sample(values, 3):
             answer(server, builder.around(node_id, **{name: deepcopy(value)}))
     is_alive(server)
 
@@ -363,7 +364,7 @@ def test_each_text_with_what_a_parser_trips_over(server: ComfyServer, builder: B
         pytest.skip("it has no texts")
     before = files(server)
     for name in names:
-        for text in TEXTS if LONG else choose.sample(TEXTS, 10):
+        for text in TEXTS if LONG else choose.sample(TEXTS, 5):
             started = time.monotonic()
             answer(server, builder.around(node_id, **{name: text}))
             assert time.monotonic() - started < 60
@@ -373,8 +374,9 @@ def test_each_text_with_what_a_parser_trips_over(server: ComfyServer, builder: B
 
 
 def files(server: ComfyServer) -> set[Path]:
-    """Those of the server, and those around it, where `../` leads to."""
-    return {path for path in server.base.parent.rglob("*") if path.is_file() and path != server.log_path}
+    """Those of the server, and those around it, where `../` leads to; not those of the pack, which is linked there."""
+    found = [path for path in server.base.parent.rglob("*") if "custom_nodes" not in path.parts]
+    return {path for path in found if path.is_file() and path != server.log_path}
 
 
 @pytest.mark.parametrize("node_id", NODES)
@@ -382,7 +384,8 @@ def test_each_choice_with_names_of_files_elsewhere(server: ComfyServer, builder:
     for name, (kind, _) in inputs_of(builder.declared[node_id]).items():
         if not (isinstance(kind, list) or kind == "COMBO"):
             continue
-        for trick in TRICKS.values():
+        tricks = list(TRICKS.values())
+        for trick in tricks if LONG else tricks[:8]:
             prompt = builder.around(node_id, **{name: trick})
             outcome = answer(server, prompt)
             assert outcome == "refused" or re.search("lies outside of models/|is not in models/", outcome), outcome

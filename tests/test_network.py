@@ -14,11 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from broken_files import write_broken_files, write_pictures
+from broken_files import write_broken_files, write_networks, write_pictures
 from comfy_server import ComfyServer, ExecutionError
 from prompts import classified, clip_text, face, guided, node, predicted, segmented, styled, vgg
-from safetensors.torch import save_file
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -77,12 +75,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secluded]:
     server = Secluded(tmp_path_factory.mktemp("secluded"))
     write_pictures(server.input)
     write_broken_files(server.base)
-    torchvision = pytest.importorskip("torchvision")
-    with torch.random.fork_rng(devices=[]):
-        features = torchvision.models.vgg19(weights=None, init_weights=False).state_dict()
-        resnet = torchvision.models.resnet18(weights=None, num_classes=3).state_dict()
-    save_file(features, server.base / "models" / "vgg" / "vgg19.safetensors")
-    save_file(resnet, server.base / "models" / "classifiers" / "resnet18_3.safetensors")
+    write_networks(server.base / "models")
     with server.start():
         yield server
 
