@@ -1,4 +1,4 @@
-"""Numbers that come by wire. ComfyUI holds those of a node's widgets to their limits, and lets all others through."""
+"""Numbers within their limits. ComfyUI looks at those of widgets alone, and in 2024 at none of an optional input."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ NUMBERS = ("INT", "FLOAT")
 def within_limits(node: type[Any], title: str) -> type[Any]:
     """`node`, whose function first holds its numbers to the limits that it declares.
 
-    A shared workflow may wire a batch of 10¹² to a count, or NaN, which is neither above nor below any limit. The
-    function raises ValueError, for the page.
+    A shared workflow may wire 10¹² to a count, or hold NaN, which is neither above nor below any limit. The function
+    raises ValueError, for the page.
     """
     function = getattr(node, node.FUNCTION)
     signature = inspect.signature(function)
@@ -34,7 +34,7 @@ def within_limits(node: type[Any], title: str) -> type[Any]:
             if not (isinstance(value, int | float) and limit["min"] <= value <= limit["max"]):
                 raise ValueError(
                     f"{title}: {name} is {str(value)[:60]}, and must be a number from {limit['min']:g} to "
-                    f"{limit['max']:g}. Change what is wired to it."
+                    f"{limit['max']:g}. Correct it, here or at the node that gives it."
                 )
         return function(self, *args, **kwargs)
 

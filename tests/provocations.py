@@ -201,7 +201,7 @@ WRONG = {
             "number beyond its limits": (
                 swept("7"),
                 "…: … is …, and must be a number from … to",
-                "Change what is wired to it.",
+                "Correct it, here or at the node that gives it.",
             ),
         },
     ),

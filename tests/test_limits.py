@@ -1,4 +1,4 @@
-"""Numbers that come by wire are held to the limits of the widgets that they stand in for."""
+"""Numbers are held to the limits of their widgets, however they come."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def counting() -> Iterator[Any]:
 
 @pytest.mark.parametrize("count", [0, 10, 10**12, float("nan"), float("inf"), None, "3", [3]])
 def test_a_number_beyond_its_limits_stops_the_node(counting: Any, count: Any) -> None:
-    words = r"^Count: count is .*, and must be a number from 1 to 9\. Change what is wired to it\.$"
+    words = r"^Count: count is .*, and must be a number from 1 to 9\. Correct it, here or at the node that gives it\.$"
     with pytest.raises(ValueError, match=words):
         counting.count(count)
     with pytest.raises(ValueError, match=words):
