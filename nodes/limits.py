@@ -1,4 +1,8 @@
-"""Numbers within their limits. ComfyUI looks at those of widgets alone, and in 2024 at none of an optional input."""
+"""What a node is given, held to what it declares.
+
+ComfyUI looks at the widgets of a prompt, and lets through what comes by wire. The one of 2024 looks at no optional
+input, and takes a text for a wire.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,11 @@ from typing import Any
 __all__ = ["within_limits"]
 
 NUMBERS = ("INT", "FLOAT")
+WIDGETS = (*NUMBERS, "STRING", "BOOLEAN", "COMBO")
 
 
 def within_limits(node: type[Any], title: str) -> type[Any]:
-    """`node`, whose function first holds its numbers to the limits that it declares.
+    """`node`, whose function first holds numbers to their limits, and sockets to what can come by a wire.
 
     A shared workflow may wire 10¹² to a count, or hold NaN, which is neither above nor below any limit. The function
     raises ValueError, for the page.
@@ -21,22 +26,34 @@ def within_limits(node: type[Any], title: str) -> type[Any]:
     signature = inspect.signature(function)
 
     @functools.cache
-    def limits() -> dict[str, dict[str, Any]]:
-        declared = node.INPUT_TYPES()
-        inputs = {**declared.get("required", {}), **declared.get("optional", {})}
-        return {name: spec[1] for name, spec in inputs.items() if spec[0] in NUMBERS}
+    def declared() -> dict[str, tuple[Any, ...]]:
+        inputs = node.INPUT_TYPES()
+        return {**inputs.get("optional", {}), **inputs.get("required", {})}
 
     @functools.wraps(function)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = signature.bind_partial(self, *args, **kwargs).arguments
-        for name, limit in limits().items():
-            value = kwargs.get(name, given.get(name, limit["min"]))
-            if not (isinstance(value, int | float) and limit["min"] <= value <= limit["max"]):
-                raise ValueError(
-                    f"{title}: {name} is {str(value)[:60]}, and must be a number from {limit['min']:g} to "
-                    f"{limit['max']:g}. Correct it, here or at the node that gives it."
-                )
+        given = {**signature.bind_partial(self, *args, **kwargs).arguments, **kwargs}
+        for name, (kind, *options) in declared().items():
+            if name not in given:
+                continue
+            value = given[name]
+            if kind in NUMBERS:
+                least, most = options[0]["min"], options[0]["max"]
+                if not (isinstance(value, int | float) and least <= value <= most):
+                    raise ValueError(
+                        f"{title}: {name} is {str(value)[:60]}, and must be a number from {least:g} to {most:g}. "
+                        "Correct it, here or at the node that gives it."
+                    )
+            elif not (isinstance(kind, list) or kind in WIDGETS or _comes_by_wire(kind, value)):
+                raise ValueError(f"{title}: {name} is {str(value)[:60]!r}, and must come by a wire. Connect it.")
         return function(self, *args, **kwargs)
 
     setattr(node, node.FUNCTION, checked)
     return node
+
+
+def _comes_by_wire(kind: str, value: Any) -> bool:
+    """Whether another node may have given it: the rest is what JSON can hold."""
+    if isinstance(value, dict):
+        return kind == "LATENT" and "samples" in value
+    return not isinstance(value, str | int | float)

@@ -42,6 +42,28 @@ def test_numbers_within_their_limits_pass(counting: Any) -> None:
         counting.count(1, share=float("nan"))
 
 
+@pytest.mark.parametrize("value", ["text", 3, 0.5, True, {}])
+def test_a_text_is_no_wire(value: Any) -> None:
+    words = r"^Wired: latent is .*, and must come by a wire\. Connect it\.$"
+    with pytest.raises(ValueError, match=words):
+        wired().take(value)
+    assert wired().take({"samples": 1}) and wired().take(latent={"samples": 1}, rest=None)
+
+
+def wired() -> Any:
+    class Wired:
+        FUNCTION = "take"
+
+        @classmethod
+        def INPUT_TYPES(cls) -> dict[str, Any]:
+            return {"required": {"latent": ("LATENT",)}, "optional": {"rest": ("IMAGE", {})}}
+
+        def take(self, latent: Any, rest: Any = None) -> bool:
+            return True
+
+    return within_limits(Wired, "Wired")()
+
+
 def test_every_number_of_every_node_has_limits() -> None:
     for node_id, kind in NODE_CLASS_MAPPINGS.items():
         declared = kind.INPUT_TYPES()
