@@ -25,10 +25,13 @@ def within_limits(node: type[Any], title: str) -> type[Any]:
     function = getattr(node, node.FUNCTION)
     signature = inspect.signature(function)
 
+    required: dict[str, Any] = {}
+
     @functools.cache
     def declared() -> dict[str, tuple[Any, ...]]:
         inputs = node.INPUT_TYPES()
-        return {**inputs.get("optional", {}), **inputs.get("required", {})}
+        required.update(inputs.get("required", {}))
+        return {**inputs.get("optional", {}), **required}
 
     @functools.wraps(function)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -44,6 +47,8 @@ def within_limits(node: type[Any], title: str) -> type[Any]:
                         f"{title}: {name} is {str(value)[:60]}, and must be a number from {least:g} to {most:g}. "
                         "Correct it, here or at the node that gives it."
                     )
+            elif value is None and name not in required:
+                continue
             elif not (isinstance(kind, list) or kind in WIDGETS or _comes_by_wire(kind, value)):
                 raise ValueError(f"{title}: {name} is {str(value)[:60]!r}, and must come by a wire. Connect it.")
         return function(self, *args, **kwargs)
@@ -56,4 +61,4 @@ def _comes_by_wire(kind: str, value: Any) -> bool:
     """Whether another node may have given it: the rest is what JSON can hold."""
     if isinstance(value, dict):
         return kind == "LATENT" and "samples" in value
-    return not isinstance(value, str | int | float)
+    return not isinstance(value, str | int | float | None)

@@ -42,7 +42,7 @@ def test_numbers_within_their_limits_pass(counting: Any) -> None:
         counting.count(1, share=float("nan"))
 
 
-@pytest.mark.parametrize("value", ["text", 3, 0.5, True, {}])
+@pytest.mark.parametrize("value", ["text", 3, 0.5, True, {}, None])
 def test_a_text_is_no_wire(value: Any) -> None:
     words = r"^Wired: latent is .*, and must come by a wire\. Connect it\.$"
     with pytest.raises(ValueError, match=words):
