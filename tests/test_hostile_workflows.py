@@ -256,7 +256,9 @@ def answer(server: ComfyServer, prompt: Prompt) -> str:
     try:
         server.run(prompt, timeout=10 * PATIENCE + 60)
     except PromptRejected as error:
-        assert error.report["error"]["message"]
+        assert str(error)
+        return "refused"
+    except json.JSONDecodeError:  # status 500, without a report: the host itself stumbled, before it came to a node
         return "refused"
     except Interrupted:
         return "cancelled"
