@@ -20,7 +20,7 @@ def within_limits(node: type[Any], title: str) -> type[Any]:
     """`node`, whose function first holds numbers to their limits, and sockets to what can come by a wire.
 
     A shared workflow may wire 10¹² to a count, or hold NaN, which is neither above nor below any limit. The function
-    raises ValueError, for the page.
+    raises ValueError, for the page. Of texts and switches it makes what newer hosts make of them.
     """
     function = getattr(node, node.FUNCTION)
     signature = inspect.signature(function)
@@ -47,9 +47,13 @@ def within_limits(node: type[Any], title: str) -> type[Any]:
                         f"{title}: {name} is {str(value)[:60]}, and must be a number from {least:g} to {most:g}. "
                         "Correct it, here or at the node that gives it."
                     )
+            elif kind == "BOOLEAN":
+                kwargs |= {name: bool(value)} if name in kwargs else {}
+            elif isinstance(kind, list) or kind in WIDGETS:
+                kwargs |= {name: str(value)} if name in kwargs else {}
             elif value is None and name not in required:
-                continue
-            elif not (isinstance(kind, list) or kind in WIDGETS or _comes_by_wire(kind, value)):
+                kwargs.pop(name, None)
+            elif not _comes_by_wire(kind, value):
                 raise ValueError(f"{title}: {name} is {str(value)[:60]!r}, and must come by a wire. Connect it.")
         return function(self, *args, **kwargs)
 

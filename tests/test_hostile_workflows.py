@@ -251,8 +251,13 @@ def answer(server: ComfyServer, prompt: Prompt) -> str:
 
     The message must be for people: a sentence, without a trace of where in the code it was.
     """
-    timer = threading.Timer(PATIENCE, server.interrupt)
-    timer.start()
+    over = threading.Event()
+
+    def cancel() -> None:  # more than once: a host that has not begun yet forgets it
+        while not over.wait(PATIENCE):
+            server.interrupt()
+
+    threading.Thread(target=cancel, daemon=True).start()
     try:
         server.run(prompt, timeout=10 * PATIENCE + 60)
     except PromptRejected as error:
@@ -266,7 +271,7 @@ def answer(server: ComfyServer, prompt: Prompt) -> str:
         assert_sentence(error)
         return error.exception_message
     finally:
-        timer.cancel()
+        over.set()
     return "ran"
 
 

@@ -50,16 +50,22 @@ def test_a_text_is_no_wire(value: Any) -> None:
     assert wired().take({"samples": 1}) and wired().take(latent={"samples": 1}, rest=None)
 
 
+def test_texts_and_switches_are_made_what_they_stand_for() -> None:
+    """A host of 2024 hands on what the JSON has."""
+    assert wired().take(latent={"samples": 1}, switch=2, text=None, rest=None) == (True, "None", ())
+
+
 def wired() -> Any:
     class Wired:
         FUNCTION = "take"
 
         @classmethod
         def INPUT_TYPES(cls) -> dict[str, Any]:
-            return {"required": {"latent": ("LATENT",)}, "optional": {"rest": ("IMAGE", {})}}
+            widgets = {"switch": ("BOOLEAN", {}), "text": ("STRING", {}), "rest": ("IMAGE", {})}
+            return {"required": {"latent": ("LATENT",)}, "optional": widgets}
 
-        def take(self, latent: Any, rest: Any = None) -> bool:
-            return True
+        def take(self, latent: Any, switch: bool = False, text: str = "", rest: Any = ()) -> tuple[bool, str, Any]:
+            return switch, text, rest
 
     return within_limits(Wired, "Wired")()
 
