@@ -31,8 +31,8 @@ from test_troubleshooting import for_users, source_of
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
-#: The ComfyUI from PyPI looks at few wires before it runs a prompt, and not at the type of what they bring. One that leads
-#: nowhere, an empty list, it follows in the thread that runs prompts, which ends of it. No pack could keep it from that.
+#: The ComfyUI from PyPI looks at few wires before it runs a prompt, and not at the type of what they bring. One that
+#: leads nowhere it follows in the thread that runs prompts, which ends of it. No pack could keep it from that.
 HALTS = not os.environ.get("COMFYUI_PATH")
 LONG = float(os.environ.get("SPHEREGUIDE_FUZZ_MINUTES", 0)) > 0
 #: Seconds that a prompt at the limits may run before it is cancelled: it has shown by then that it runs.
