@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -404,7 +405,9 @@ def _tokenizer(open_clip: ModuleType, source: _Source, download: bool) -> tuple[
 def _check_inside(folder: Path) -> None:
     """Raises ValueError for a tokenizer whose settings name files elsewhere: transformers would read those."""
     path = folder / "tokenizer_config.json"
-    config = read_json(path, TITLE) if path.is_file() else {}
+    config: dict[str, Any] = {}
+    with contextlib.suppress(ValueError):  # one that can't be read, the tokenizer can't read either, and says so
+        config = read_json(path, TITLE) if path.is_file() else {}
     for key in ("tokenizer_file", "vocab_file", "merges_file", "spm_file"):
         named = config.get(key)
         if named is not None and not (isinstance(named, str) and (folder / named).resolve().parent == folder.resolve()):

@@ -346,6 +346,8 @@ def timm_network(folder: Path, title: str, headless: bool = False) -> tuple[nn.M
 
     try:
         network = built(build, weights.values(), folder / "config.json", title)
+        data = timm.data.resolve_model_data_config(network)
+        channels, *size = data["input_size"]
     except TooLarge:
         raise
     except Exception as error:  # a thousand architectures, each with its own way of saying that settings are wrong
@@ -356,21 +358,12 @@ def timm_network(folder: Path, title: str, headless: bool = False) -> tuple[nn.M
     if headless:
         weights = {name: weight for name, weight in weights.items() if name in network.state_dict()}
     network = fill(network, weights, path, architecture, title)
-    try:
-        data = timm.data.resolve_model_data_config(network)
-        channels, *size = data["input_size"]
-        preprocessing = data["mean"], data["std"]
-    except Exception as error:  # by pretrained_cfg, whose entries it takes as they are
-        raise ValueError(
-            f"{title}: pretrained_cfg in {folder / 'config.json'} does not say what the network sees. Get it again "
-            f"from where the weights come. ({shortened(error)})"
-        ) from error
     if channels != 3:
         raise ValueError(
             f"{title}: '{architecture}' of {folder} takes images of {channels} channels, not of 3. Load a network of "
             "colour pictures."
         )
-    return network, plausible(size, *preprocessing, folder / "config.json", title), config
+    return network, plausible(size, data["mean"], data["std"], folder / "config.json", title), config
 
 
 def preprocessing_of(folder: Path, default: Preprocessing, title: str) -> Preprocessing:

@@ -117,7 +117,6 @@ def write_broken_files(base: Path) -> None:
     weights["conv_stem.weight"] = weights["conv_stem.weight"][:, :1].contiguous()
     save_file(weights, models / "face_encoders" / "grey" / "model.safetensors")
     toy("face_encoders", "fetching", model_args={"pretrained": True})
-    toy("face_encoders", "blind", pretrained_cfg={**face["pretrained_cfg"], "input_size": [], "mean": 3})
     toy("face_encoders", "newer", model_args={"warp": 9})
     file("face_encoders/cut/config.json", "{")
     file("face_encoders/list/config.json", "[]")

@@ -172,11 +172,6 @@ WRONG = {
                 "…: model_args in … has '…'",
                 "Take it out, and put the weights beside it as model.safetensors.",
             ),
-            "network of unknown input": (
-                face("blind/"),
-                "…: pretrained_cfg in … does not say what",
-                FROM_WEIGHTS,
-            ),
         },
         needs="timm",
     ),
@@ -317,8 +312,8 @@ WRONG = {
             ),
             "folder with half a file": (
                 segmented("half/"),
-                "…: transformers' … can't load …",
-                "Get all of its files again, or load another.",
+                UNREADABLE,
+                AGAIN,
             ),
             "backbone without a head": (
                 segmented("backbone/"),
