@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,6 +40,10 @@ MEASURING_MEMORY = ("cost", "endurance")
 # glibc gives large blocks back to the system at once and fetches them anew: a third of the time of a guided step on a
 # CPU, whose activations come and go. Other allocators don't read these.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+# Each file that is installed for the embedded host is one of those that the lock names by hash, and a wheel: a source
+# archive would run its own code. torch comes apart from it, for the reasons that it gives.
+LOCK = ROOT / "requirements-lock.txt"
+LOCKED = ("--require-hashes", "--no-deps", "--only-binary", ":all:", "-r", str(LOCK))
 # Of a checkout's requirements, the ones that quickstart installs itself. torchaudio goes in without its dependencies:
 # ComfyUI only imports it, and its releases trail those of torch.
 OWN_REQUIREMENTS = ("torch", "torchvision", "torchaudio")
@@ -147,8 +151,8 @@ def prepare(checkout: Path | None) -> Path:
         host = filter_requirements((checkout / "requirements.txt").read_text(encoding="utf-8"))
         unresolved = ["torchaudio", FACENET]
     else:
-        host = (ROOT / "requirements-host.txt").read_text(encoding="utf-8")
-        unresolved = [EMBEDDED_HOST, FACENET]
+        host = LOCK.read_text(encoding="utf-8")
+        unresolved = []  # they are in the lock
     wanted = fingerprint([common, host, *unresolved])
     python = python_of(venv)
     found = stamp.read_text(encoding="utf-8") if stamp.is_file() and python.exists() else ""
@@ -165,16 +169,22 @@ def prepare(checkout: Path | None) -> Path:
             make_venv(venv, log)
     index = torch_index(platform.system(), bool(shutil.which("nvidia-smi")))
     torch_source = ["--extra-index-url", index] if index and reachable(index) else []
-    with phase("Installing PyTorch, and what tests and demo import", typical=120):
-        install(python, log, [*torch_source, "-r", str(ROOT / "requirements-dev.txt")])
-    with phase(f"Installing what {'ComfyUI at ' + str(checkout) if checkout else EMBEDDED_HOST} imports", typical=90):
-        listed = venv / "requirements-of-the-host.txt"
-        listed.write_text(host, encoding="utf-8")
-        # torch again, so that no requirement of the host moves it
-        pins = [line for line in common.splitlines() if line.startswith(("torch==", "torchvision=="))]
-        install(python, log, [*torch_source, "-r", str(listed), *pins])
-    with phase(f"Installing {' and '.join(unresolved)}", typical=10):
-        install(python, log, ["--no-deps", *torch_source, *unresolved])
+    pins = [line for line in common.splitlines() if line.startswith(("torch==", "torchvision=="))]
+    if checkout:
+        with phase("Installing PyTorch, and what tests and demo import", typical=120):
+            install(python, log, [*torch_source, "-r", str(ROOT / "requirements-dev.txt")])
+        with phase(f"Installing what ComfyUI at {checkout} imports", typical=90):
+            listed = venv / "requirements-of-the-host.txt"
+            listed.write_text(host, encoding="utf-8")
+            # torch again, so that no requirement of the host moves it
+            install(python, log, [*torch_source, "-r", str(listed), *pins])
+        with phase(f"Installing {' and '.join(unresolved)}", typical=10):
+            install(python, log, ["--no-deps", *torch_source, *unresolved])
+    else:
+        with phase(f"Installing {EMBEDDED_HOST}, and what it, tests and demo import", typical=90):
+            install(python, log, LOCKED)
+        with phase("Installing PyTorch", typical=120):  # after what it needs: it brings its own parts alone
+            install(python, log, [*torch_source, *pins])
     stamp.write_text(wanted, encoding="utf-8")
     log.unlink()
     return python
@@ -191,7 +201,7 @@ def make_venv(venv: Path, log: Path) -> None:
         ) from None
 
 
-def install(python: Path, log: Path, arguments: list[str]) -> None:
+def install(python: Path, log: Path, arguments: Sequence[str]) -> None:
     command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
     try:
         run_logged([*command, *arguments], log)

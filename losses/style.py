@@ -22,6 +22,9 @@ from .base import Loss, Step
 
 __all__ = ["StyleGram", "VGGLayers", "ViTBlocks", "gram", "weighted"]
 
+LONGEST = 16
+"""The longer side of a picture over the shorter, at most."""
+
 
 def gram(features: Tensor) -> Tensor:
     """`[B, C, N]` to `[B, C, C]`, in float32 at least: a sum over many places, which half precision can't hold."""
@@ -89,6 +92,11 @@ class VGGLayers(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         images = images.to(next(self.vgg.parameters()))
         height, width = images.shape[-2:]
+        if max(height, width) > LONGEST * min(height, width):  # a strip of one pixel would grow to a terabyte
+            raise ValueError(
+                f"Style Gram Loss: a picture of {width}×{height} pixels is too long and narrow for vgg, which sees it "
+                f"with a shorter side of {self.side}. Take one whose sides are at most 1 to {LONGEST}."
+            )
         scale = self.side / min(height, width)
         size = round(height * scale), round(width * scale)
         images = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)

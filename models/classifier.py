@@ -12,14 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .network import load_weights, managed, needs, shortened
+from .network import TooLarge, built, load_weights, managed, needs, shortened
 from .pretrained import (
     IMAGENET,
     ImageNetwork,
     LoadedNetwork,
     Preprocessing,
     architecture_of,
+    check_numbers,
     fill,
+    label_names,
+    plausible,
     preprocessing_of,
     published_weights,
     read_json,
@@ -162,8 +165,8 @@ def _from_file(path: Path, architecture: str, title: str) -> ImageClassifier:
     architecture = architecture.strip().lower() or architecture_of(path, known, title)
     if architecture not in known:
         raise ValueError(
-            f"{title}: torchvision has no classifier named '{architecture}'. Set architecture to one of: "
-            f"{', '.join(known)}."
+            f"{title}: torchvision has no classifier named '{shortened(architecture, 200)}'. Set architecture to one "
+            f"of: {', '.join(known)}."
         )
     weights = load_weights(path, title)
     # The head is torchvision's last layer of one of these names: classifier.6 of VGG, heads.head of a ViT …
@@ -174,13 +177,16 @@ def _from_file(path: Path, architecture: str, title: str) -> ImageClassifier:
             "architecture or file."
         )
     head = max(heads, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
-    classes = len(weights[head])
+    classes = len(weights[head]) if weights[head].ndim else 0
     published = published_weights(torchvision, architecture, path)
     preset = published.transforms()
     size = tuple(preset.crop_size * 2)
     fixed = {"image_size": size[0]} if architecture.startswith("vit_") else {}
-    with torch.random.fork_rng(devices=[]):
-        network = torchvision.models.get_model(architecture, weights=None, num_classes=classes, **fixed)
+
+    def build() -> nn.Module:
+        return torchvision.models.get_model(architecture, weights=None, num_classes=classes, **fixed)
+
+    network = built(build, weights.values(), path, title)
     labels = published.meta["categories"] if classes == 1000 else [str(i) for i in range(classes)]
     network = fill(network, weights, path, architecture, title)
     return ImageClassifier(network, labels, Preprocessing(size, tuple(preset.mean), tuple(preset.std)))
@@ -189,10 +195,10 @@ def _from_file(path: Path, architecture: str, title: str) -> ImageClassifier:
 def _from_timm(folder: Path, title: str) -> ImageClassifier:
     network, preprocessing, config = timm_network(folder, title)
     labels = config.get("label_names") or (config.get("pretrained_cfg") or {}).get("label_names")
+    classes = network.num_classes
     if not labels:
-        classes = network.num_classes
         labels = _imagenet_labels(title) if classes == 1000 else [str(i) for i in range(classes)]
-    return ImageClassifier(network, labels, preprocessing)
+    return ImageClassifier(network, label_names(labels, classes, folder, title), preprocessing)
 
 
 def _imagenet_labels(title: str) -> list[str]:
@@ -203,9 +209,10 @@ def _imagenet_labels(title: str) -> list[str]:
 def _from_transformers(folder: Path, title: str) -> ImageClassifier:
     network = transformers_network(folder, "AutoModelForImageClassification", title)
     config = network.config
-    labels = [config.id2label[i] for i in range(config.num_labels)]
+    labels = label_names([config.id2label.get(i) for i in range(config.num_labels)], config.num_labels, folder, title)
     size = getattr(config, "image_size", None) or IMAGENET.size
-    default = Preprocessing((size, size) if isinstance(size, int) else tuple(size), IMAGENET.mean, IMAGENET.std)
+    size = (size, size) if isinstance(size, int) else size
+    default = plausible(size, IMAGENET.mean, IMAGENET.std, folder / "config.json", title)
     multi_label = config.problem_type == "multi_label_classification"
     return ImageClassifier(network, labels, preprocessing_of(folder, default, title), multi_label)
 
@@ -217,13 +224,17 @@ def _noise_aware(folder: Path, config: dict[str, Any], title: str) -> NoisyLaten
             f"The only one that is known is {NoisyLatentClassifier.__name__}. Load another."
         )
     settings = {key: value for key, value in config.items() if key not in ("architecture", "noise_aware")}
+    check_numbers(settings, folder / "config.json", title)
+    path = folder / "model.safetensors"
+    weights = load_weights(path, title)
     try:
-        with torch.random.fork_rng(devices=[]):
-            network = NoisyLatentClassifier(**settings)
-    except (TypeError, ValueError, RuntimeError) as error:
+        network = built(lambda: NoisyLatentClassifier(**settings), weights.values(), folder / "config.json", title)
+    except TooLarge:
+        raise
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise ValueError(
             f"{title}: the settings in {folder / 'config.json'} make no classifier. Get the folder again from where it "
             f"comes. ({shortened(error)})"
         ) from error
-    path = folder / "model.safetensors"
-    return fill(network, load_weights(path, title), path, NoisyLatentClassifier.__name__, title)
+    label_names(network.labels, len(network.labels), folder, title)
+    return fill(network, weights, path, NoisyLatentClassifier.__name__, title)

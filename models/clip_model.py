@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -9,6 +10,7 @@ import json
 import logging
 import re
 import sys
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .network import choices, load_weights, managed, models_folder, needs, path_of, shortened
+from .network import TooLarge, built, choices, load_weights, managed, models_folder, needs, path_of, shortened
+from .pretrained import check_numbers, plausible, read_json
 
 __all__ = ["ImageTower", "OpenCLIP", "TextTower", "entries", "load"]
 
@@ -241,11 +244,16 @@ def load(entry: str, dtype: torch.dtype = torch.float32) -> OpenCLIP:
     open_clip = needs("open_clip", "pip install open-clip-torch", TITLE)
     name, download = entry.removesuffix(DOWNLOAD), entry.endswith(DOWNLOAD)
     source = _source(open_clip, name, download)
-    model_cfg = deepcopy(source.model)
+    described = (source.folder or source.weights.parent) / CONFIG
+    check_numbers(source.model, described, TITLE)
+    weights = _checked(source.weights)
     try:
         tokenizer, context_length = _tokenizer(open_clip, source, download)
-        model = _network(open_clip, model_cfg, download)
-    except (TypeError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
+        build = _network(open_clip, deepcopy(source.model), download)
+        model = built(build, weights, described, TITLE)
+    except (TooLarge, _Refused, FileNotFoundError):
+        raise
+    except Exception as error:  # of several packages, each with its own way of saying that settings are wrong
         raise ValueError(
             f"{TITLE}: the configuration of '{name}' is none that open_clip {open_clip.__version__} can build. Check "
             f"{CONFIG}, or update it:  pip install --upgrade open-clip-torch  ({type(error).__name__}: "
@@ -254,15 +262,16 @@ def load(entry: str, dtype: torch.dtype = torch.float32) -> OpenCLIP:
     _fill(open_clip, model, source.weights)
 
     size = model.visual.image_size
-    size = (size, size) if isinstance(size, int) else tuple(size)
     preprocess = {key: value for key, value in source.preprocess.items() if value is not None}
-    tower = ImageTower(
-        model.visual,
-        size,
-        tuple(preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN)),
-        tuple(preprocess.get("std", open_clip.OPENAI_DATASET_STD)),
-        "bilinear" if preprocess.get("interpolation") == "bilinear" else "bicubic",
+    seen = plausible(
+        (size, size) if isinstance(size, int) else size,
+        preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN),
+        preprocess.get("std", open_clip.OPENAI_DATASET_STD),
+        described,
+        TITLE,
     )
+    interpolation = "bilinear" if preprocess.get("interpolation") == "bilinear" else "bicubic"
+    tower = ImageTower(model.visual, seen.size, seen.mean, seen.std, interpolation)
     text = TextTower(model.text, tokenizer, context_length)
     return OpenCLIP(name, managed(tower.to(dtype)), managed(text.to(dtype)))
 
@@ -318,7 +327,11 @@ def _local_source(choice: str) -> _Source:
         content = json.loads(config.read_text(encoding="utf-8"))
         model_cfg = content.get("model_cfg", content)
         missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in model_cfg]
-    except (ValueError, AttributeError, TypeError) as error:
+        preprocess = content.get("preprocess_cfg") or {}
+        parts = [model_cfg.get("vision_cfg", {}), model_cfg.get("text_cfg", {}), preprocess]
+        if not all(isinstance(part, dict) for part in parts):
+            raise ValueError("vision_cfg, text_cfg and preprocess_cfg must be settings by name")
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{TITLE}: {config} can't be read, it may be a broken download. Get it again. ({shortened(error)})"
         ) from error
@@ -334,15 +347,19 @@ def _local_source(choice: str) -> _Source:
             f"{TITLE}: there are no weights in {folder}. Put the model's open_clip_model.safetensors (or "
             "open_clip_pytorch_model.bin) there, from where its configuration comes."
         )
-    return _Source(model_cfg, content.get("preprocess_cfg") or {}, weights[0], folder)
+    return _Source(model_cfg, preprocess, weights[0], folder)
 
 
 def _root() -> Path:
     return Path(folder_paths.get_folder_paths(FOLDER)[0])
 
 
-def _network(open_clip: ModuleType, model_cfg: dict[str, Any], download: bool) -> nn.Module:
-    """The network with its random weights, made in two towers `visual` and `text` whatever its class."""
+class _Refused(ValueError):
+    """Of what would lead outside of the model's folder. The message is for the page."""
+
+
+def _network(open_clip: ModuleType, model_cfg: dict[str, Any], download: bool) -> Callable[[], nn.Module]:
+    """What makes the network with random weights, in two towers `visual` and `text` whatever its class."""
     model_cfg.pop("custom_text", None)
     vision_cfg, text_cfg = model_cfg["vision_cfg"], model_cfg["text_cfg"]
     if ":" in (vision_cfg.get("timm_model_name") or ""):
@@ -351,7 +368,7 @@ def _network(open_clip: ModuleType, model_cfg: dict[str, Any], download: bool) -
     if text_cfg.get("hf_model_name"):
         text_cfg["hf_model_name"] = str(_small_files(text_cfg["hf_model_name"], ("config.json",), download))
     network = open_clip.CoCa if "multimodal_cfg" in model_cfg else open_clip.CustomTextCLIP
-    return network(**model_cfg)
+    return lambda: network(**deepcopy(model_cfg))
 
 
 def _tokenizer(open_clip: ModuleType, source: _Source, download: bool) -> tuple[Any, int]:
@@ -359,6 +376,11 @@ def _tokenizer(open_clip: ModuleType, source: _Source, download: bool) -> tuple[
     text_cfg = source.model["text_cfg"]
     context_length = text_cfg.get("context_length", 77)
     options = text_cfg.get("tokenizer_kwargs") or {}
+    if foreign := sorted(options.keys() & {"bpe_path", "cache_dir", "tokenizer_name"}):
+        raise _Refused(
+            f"{TITLE}: tokenizer_kwargs in {CONFIG} has '{foreign[0]}', which leads outside of the model's folder. "
+            "Take it out, and put the tokenizer's files beside it."
+        )
     name = text_cfg.get("hf_tokenizer_name")
     if not name:
         return open_clip.SimpleTokenizer(context_length=context_length, **options), context_length
@@ -368,15 +390,30 @@ def _tokenizer(open_clip: ModuleType, source: _Source, download: bool) -> tuple[
         folder = _small_files(name, TOKENIZER_FILES, download, source.folder)
     if text_cfg.get("tokenizer_mode"):
         options = {**options, "tokenizer_mode": text_cfg["tokenizer_mode"]}
+    _check_inside(folder)
     options = {**options, "trust_remote_code": False}  # a configuration must not get its own code run
     try:
         tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), context_length=context_length, **options)
     except Exception as error:
-        raise ValueError(
+        raise _Refused(
             f"{TITLE}: the tokenizer in {folder} can't be read. Get its files again from "
             f"https://huggingface.co/{name}. ({type(error).__name__}: {shortened(error)})"
         ) from error
     return tokenizer, context_length
+
+
+def _check_inside(folder: Path) -> None:
+    """Raises ValueError for a tokenizer whose settings name files elsewhere: transformers would read those."""
+    path = folder / "tokenizer_config.json"
+    config: dict[str, Any] = {}
+    with contextlib.suppress(ValueError):  # one that can't be read, the tokenizer can't read either, and says so
+        config = read_json(path, TITLE) if path.is_file() else {}
+    for key in ("tokenizer_file", "vocab_file", "merges_file", "spm_file"):
+        named = config.get(key)
+        if named is not None and not (isinstance(named, str) and (folder / named).resolve().parent == folder.resolve()):
+            raise _Refused(
+                f"{TITLE}: '{key}' in {path} leads outside of the model's folder. Take it out, and put the file there."
+            )
 
 
 def _small_files(repository: str, files: tuple[str, ...], download: bool, folder: Path | None = None) -> Path:
@@ -400,10 +437,14 @@ def _small_files(repository: str, files: tuple[str, ...], download: bool, folder
     )
 
 
-def _fill(open_clip: ModuleType, model: nn.Module, weights: Path) -> None:
-    # Read twice: where a file provokes a TypeError, open_clip's own reader unpickles it without weights_only.
+def _checked(weights: Path) -> list[Tensor]:
+    """What a file holds, to measure the network by.
+
+    It is read here and by open_clip: where a file provokes a TypeError, open_clip's own reader unpickles it without
+    weights_only.
+    """
     try:
-        load_weights(weights, TITLE)
+        return list(load_weights(weights, TITLE).values())
     except ValueError as error:
         if "TorchScript" in str(error):
             raise ValueError(
@@ -412,9 +453,12 @@ def _fill(open_clip: ModuleType, model: nn.Module, weights: Path) -> None:
                 "(vit_base_patch32_clip_224.openai and others)."
             ) from error
         raise
+
+
+def _fill(open_clip: ModuleType, model: nn.Module, weights: Path) -> None:
     try:
         open_clip.load_checkpoint(model, str(weights))
-    except (RuntimeError, KeyError, ValueError, StopIteration) as error:
+    except Exception as error:  # it converts what other packages wrote, by the names that it finds
         raise ValueError(
             f"{TITLE}: the weights in {weights} are not those of the architecture that its name or {CONFIG} tells. "
             f"Correct the name, or get both files from one place. ({shortened(error)})"

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import logging
+import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from .network import load_weights, needs, shortened
+from .network import TooLarge, bounded, built, load_weights, needs, shortened
 
 __all__ = [
     "IMAGENET",
@@ -24,8 +26,11 @@ __all__ = [
     "LoadedNetwork",
     "Preprocessing",
     "architecture_of",
+    "check_numbers",
     "class_index",
     "fill",
+    "label_names",
+    "plausible",
     "preprocessing_of",
     "published_weights",
     "read_json",
@@ -34,6 +39,11 @@ __all__ = [
 ]
 
 log = logging.getLogger("sphereguide")
+
+LONGEST = 4096
+"""The longest side of an input, in pixels: that of published networks is below 2000."""
+LARGEST = 10_000_000
+"""No number in a configuration of an image network counts more than this: vocabularies have a million entries."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,24 @@ class Preprocessing:
 
 
 IMAGENET = Preprocessing((224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def plausible(size: Any, mean: Any, std: Any, path: Path, title: str, bgr: bool = False) -> Preprocessing:
+    """What a file says of the input. Raises ValueError, for the node of that title, for what no input is like."""
+    try:
+        found = Preprocessing(tuple(size), tuple(map(float, mean)), tuple(map(float, std)), bgr)
+        sizes = [isinstance(side, int) and 0 < side <= LONGEST for side in found.size]
+        fits = len(sizes) == 2 and len(found.mean) == len(found.std) == 3 and all(sizes) and 0 not in found.std
+        fits = fits and all(map(math.isfinite, found.mean + found.std))
+    except (TypeError, ValueError, OverflowError):
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{title}: {path} gives the input a size of {shortened(repr(size), 80)}, a mean of "
+            f"{shortened(repr(mean), 80)} and a std of {shortened(repr(std), 80)}. There must be two sides of 1 to "
+            f"{LONGEST} pixels, and three numbers each. Get the file again from where the weights come."
+        )
+    return found
 
 
 class ImageNetwork(nn.Module):
@@ -96,16 +124,17 @@ def class_index(labels: Sequence[str], name: str, title: str) -> int:
         return found[0]
     if found:
         raise ValueError(
-            f"{title}: {' and '.join(f'{i} ({labels[i]})' for i in found)} are all classes named '{name}'. Give the "
-            "number of one."
+            f"{title}: {' and '.join(f'{i} ({labels[i]})' for i in found)} are all classes named "
+            f"'{shortened(name, 200)}'. Give the number of one."
         )
-    if name.strip().isdecimal() and int(name) < len(labels):
-        return int(name)
+    number = name.strip()
+    if number.isdecimal() and len(number) < 10 and int(number) < len(labels):  # Python reads no number of any length
+        return int(number)
     names = {_plain(part): part.strip() for label in labels for part in [label, *label.split(",")]}
     close = [names[match] for match in difflib.get_close_matches(wanted, names, 5)]
     shown = ", ".join(labels[:40]) + (f" … ({len(labels)} in all, see the loader's labels)" if len(labels) > 40 else "")
     raise ValueError(
-        f"{title}: the network has no class '{name}'. "
+        f"{title}: the network has no class '{shortened(name, 200)}'. "
         + (f"Did you mean {' or '.join(close)}? " if close else "")
         + f"Its classes: {shown}."
     )
@@ -113,6 +142,17 @@ def class_index(labels: Sequence[str], name: str, title: str) -> int:
 
 def _plain(label: str) -> str:
     return re.sub(r"[\s_-]+", "", label.lower())
+
+
+def label_names(labels: Any, classes: int, path: Path, title: str) -> list[str]:
+    """The labels of a configuration. Raises ValueError, for the node of that title, if there is not one a class."""
+    labels = list(labels) if isinstance(labels, list | tuple) else []
+    if len(labels) != classes or not all(isinstance(label, str) for label in labels):
+        raise ValueError(
+            f"{title}: the configuration in {path} does not name each of the {classes} classes of its network. Get it "
+            "again from where the weights come."
+        )
+    return labels
 
 
 # -- torchvision -------------------------------------------------------------------------------------------------------
@@ -139,8 +179,8 @@ def fill(network: nn.Module, weights: dict[str, Tensor], path: Path, architectur
     """`network` with `weights`, in float32. Raises ValueError, for the node of that title, if they don't fit."""
     try:
         network.load_state_dict(weights)
-    except RuntimeError as error:
-        lines = str(error).splitlines()[1:]  # the first says that there was an error
+    except Exception as error:  # mostly a RuntimeError; numbers of some types can't be copied
+        lines = str(error).splitlines()[1:] or [str(error)]  # the first says that there was an error
         raise ValueError(
             f"{title}: {path} does not fit the architecture {architecture}. Choose another file, or the architecture "
             f"that it is for. ({shortened(' '.join(lines))})"
@@ -157,10 +197,15 @@ def transformers_network(folder: Path, auto_class: str, title: str) -> nn.Module
     Raises ValueError, for the node of that title, for a folder that does not hold such a network whole.
     """
     transformers = needs("transformers", "pip install transformers", title)
-    if not any(folder.glob("*.safetensors")):
-        load_weights(folder / "pytorch_model.bin", title)  # for its errors
+    path = folder / "config.json"
+    if path.exists():
+        _check_own(read_json(path, title), folder, title)
+    if any(folder.glob("*.safetensors")):
+        weights = _headers(folder, title)
+    else:
+        weights = load_weights(folder / "pytorch_model.bin", title).values()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), bounded(weights, path, title):
             network, report = getattr(transformers, auto_class).from_pretrained(
                 str(folder),
                 local_files_only=True,
@@ -168,7 +213,9 @@ def transformers_network(folder: Path, auto_class: str, title: str) -> nn.Module
                 output_loading_info=True,
                 weights_only=True,
             )
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+    except TooLarge:
+        raise
+    except Exception as error:  # hundreds of architectures, each with its own way of saying that settings are wrong
         raise ValueError(
             f"{title}: transformers' {auto_class} can't load {folder}. Get all of its files again, or load another. "
             f"({shortened(error)})"
@@ -182,6 +229,79 @@ def transformers_network(folder: Path, auto_class: str, title: str) -> nn.Module
     return network.float()
 
 
+def _headers(folder: Path, title: str) -> list[Any]:
+    """The tensors of the safetensors files in a folder, without their numbers."""
+    found: list[Any] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                found += [_Shape(tuple(file.get_slice(name).get_shape())) for name in file.keys()]  # noqa: SIM118
+        except Exception as error:  # as in load_weights
+            raise ValueError(
+                f"{title}: {path} can't be read, it may be a broken download. Get it again. ({shortened(error)})"
+            ) from error
+    return found
+
+
+@dataclass(frozen=True)
+class _Shape:
+    shape: tuple[int, ...]
+
+
+def _check_own(config: dict[str, Any], folder: Path, title: str) -> None:
+    """Raises ValueError, for the node of that title, where transformers would look outside of the folder.
+
+    `local_files_only` and `trust_remote_code` hold for the network, and not for the parts that it names.
+    """
+    foreign = ["adapter_config.json"] if (folder / "adapter_config.json").exists() else []
+    for entry in _dicts(config):
+        pretrained = entry.get("use_pretrained_backbone")
+        named = isinstance(entry.get("backbone"), str) and not entry.get("use_timm_backbone")
+        timm = entry.get("model_type") == "timm_backbone"
+        if pretrained or (named and not timm):
+            foreign.append("backbone")
+        if "/" in str(entry.get("attn_implementation") or entry.get("_attn_implementation") or ""):
+            foreign.append("attn_implementation")
+    for index in folder.glob("*.index.json"):
+        shards = read_json(index, title).get("weight_map")
+        names = shards.values() if isinstance(shards, dict) else [None]
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            foreign.append(index.name)
+    if foreign:
+        raise ValueError(
+            f"{title}: the network in {folder} is not whole: its '{foreign[0]}' asks for code or files from elsewhere, "
+            "and nothing is fetched unasked. Load one that has all of its parts in its folder."
+        )
+    check_numbers(config, folder / "config.json", title)
+
+
+def check_numbers(config: Any, path: Path, title: str) -> None:
+    """Raises ValueError, for the node of that title, for a number that no network can be built by."""
+    for entry in _dicts(config):
+        values = [(key, value) for key, listed in entry.items() for value in _numbers(listed)]
+        if wrong := next((pair for pair in values if not abs(pair[1]) <= LARGEST), None):
+            raise ValueError(
+                f"{title}: {path} gives {wrong[0]} as {shortened(str(wrong[1]), 40)}, and no network is of that size. "
+                "Get it again from where the weights come."
+            )
+
+
+def _numbers(value: Any) -> Iterator[int]:
+    for part in value if isinstance(value, list) else [value]:
+        if isinstance(part, int):
+            yield part
+        elif isinstance(part, list):
+            yield from _numbers(part)
+
+
+def _dicts(value: Any) -> Iterator[dict[str, Any]]:
+    """The dictionaries in a piece of JSON, itself included."""
+    if isinstance(value, dict):
+        yield value
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _dicts(part)
+
+
 def timm_network(folder: Path, title: str, headless: bool = False) -> tuple[nn.Module, Preprocessing, dict[str, Any]]:
     """The network of a folder with timm's config.json and weights, its preprocessing, and that config.
 
@@ -191,7 +311,9 @@ def timm_network(folder: Path, title: str, headless: bool = False) -> tuple[nn.M
     """
     timm = needs("timm", "pip install timm", title)
     config = read_json(folder / "config.json", title)
+    check_numbers(config, folder / "config.json", title)
     architecture, pretrained = config.get("architecture"), config.get("pretrained_cfg") or {}
+    settings = config.get("model_args") or {}
     if not (isinstance(architecture, str) and timm.is_model(architecture)):
         raise ValueError(
             f"{title}: timm {timm.__version__} knows no architecture '{architecture}', which config.json in {folder} "
@@ -201,31 +323,47 @@ def timm_network(folder: Path, title: str, headless: bool = False) -> tuple[nn.M
     path = next((path for path in files if path.exists()), None)
     if path is None:
         raise ValueError(f"{title}: {folder} has a config.json, but no model.safetensors beside it. Put it there.")
+    if not (isinstance(pretrained, dict) and isinstance(settings, dict)):
+        raise ValueError(
+            f"{title}: {folder / 'config.json'} can't be read: pretrained_cfg and model_args must be settings by name. "
+            "Get it again from where the weights come."
+        )
+    # Settings are those of the network; create_model's own name files and places that it would get weights from.
+    if own := sorted(settings.keys() & set(inspect.signature(timm.create_model).parameters)):
+        raise ValueError(
+            f"{title}: model_args in {folder / 'config.json'} has '{own[0]}', by which timm would load files from "
+            "elsewhere. Take it out, and put the weights beside it as model.safetensors."
+        )
     known = {**pretrained, **config}
     arguments = {key: known[key] for key in ("num_classes", "global_pool") if known.get(key) is not None}
-    arguments |= config.get("model_args") or {}
+    arguments |= settings
     if headless:
         arguments["num_classes"] = 0
+    weights = load_weights(path, title)
+
+    def build() -> nn.Module:
+        return timm.create_model(architecture, pretrained_cfg=pretrained or None, **arguments)
+
     try:
-        with torch.random.fork_rng(devices=[]):
-            network = timm.create_model(architecture, pretrained_cfg=pretrained or None, **arguments)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        network = built(build, weights.values(), folder / "config.json", title)
+        data = timm.data.resolve_model_data_config(network)
+        channels, *size = data["input_size"]
+    except TooLarge:
+        raise
+    except Exception as error:  # a thousand architectures, each with its own way of saying that settings are wrong
         raise ValueError(
             f"{title}: timm {timm.__version__} can't build '{architecture}' as config.json in {folder} asks for. Get "
             f"config.json again, or update timm:  pip install --upgrade timm  ({shortened(error)})"
         ) from error
-    weights = load_weights(path, title)
     if headless:
         weights = {name: weight for name, weight in weights.items() if name in network.state_dict()}
     network = fill(network, weights, path, architecture, title)
-    data = timm.data.resolve_model_data_config(network)
-    channels, *size = data["input_size"]
     if channels != 3:
         raise ValueError(
             f"{title}: '{architecture}' of {folder} takes images of {channels} channels, not of 3. Load a network of "
             "colour pictures."
         )
-    return network, Preprocessing(tuple(size), tuple(data["mean"]), tuple(data["std"])), config
+    return network, plausible(size, data["mean"], data["std"], folder / "config.json", title), config
 
 
 def preprocessing_of(folder: Path, default: Preprocessing, title: str) -> Preprocessing:
@@ -240,15 +378,11 @@ def preprocessing_of(folder: Path, default: Preprocessing, title: str) -> Prepro
         return default
     config = read_json(path, title)
     cropped = config.get("do_center_crop") and config.get("crop_size")
-    found = replace(
-        default,
-        size=_size(config.get("crop_size") if cropped else config.get("size"), default.size),
-        bgr=bool(config.get("do_flip_channel_order")),
-    )
+    size = _size(config.get("crop_size") if cropped else config.get("size"), default.size)
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     if config.get("do_normalize", "image_mean" in config):
         mean, std = config.get("image_mean") or default.mean, config.get("image_std") or default.std
-        return replace(found, mean=tuple(mean), std=tuple(std))
-    return replace(found, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    return plausible(size, mean, std, path, title, bgr=bool(config.get("do_flip_channel_order")))
 
 
 def _size(size: Any, default: tuple[int, int]) -> tuple[int, int]:
@@ -267,7 +401,7 @@ def read_json(path: Path, title: str) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__} and no settings")
         return content
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{title}: {path} can't be read. Get it again from where the weights come. ({shortened(error)})"
         ) from error

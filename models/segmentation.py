@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .network import load_weights, managed, needs
+from .network import built, load_weights, managed, needs
 from .pretrained import (
     IMAGENET,
     ImageNetwork,
@@ -19,6 +17,8 @@ from .pretrained import (
     Preprocessing,
     architecture_of,
     fill,
+    label_names,
+    plausible,
     preprocessing_of,
     published_weights,
     transformers_network,
@@ -34,6 +34,9 @@ ARCHITECTURES = (
     "fcn_resnet50",
     "fcn_resnet101",
 )
+
+LONGEST = 16
+"""The longer side of a picture over the shorter, at most."""
 
 CITYSCAPES = {
     "road": "#804080",
@@ -86,6 +89,12 @@ class SegmentationNetwork(ImageNetwork):
     def input_size(self, height: int, width: int) -> tuple[int, int]:
         if self.fixed:
             return self.size
+        if max(height, width) > LONGEST * min(height, width):  # a strip of one pixel would grow to a terabyte
+            raise ValueError(
+                f"Segmentation Loss: a picture of {width}×{height} pixels is too long and narrow for the network, "
+                f"which sees it with a shorter side of {min(self.size)}. Take a latent whose sides are at most 1 to "
+                f"{LONGEST}."
+            )
         scale = min(self.size) / min(height, width) / self.multiple
         return max(1, round(height * scale)) * self.multiple, max(1, round(width * scale)) * self.multiple
 
@@ -117,10 +126,12 @@ def _from_file(path: Path, architecture: str | None, title: str) -> Segmentation
             f"{title}: {path} does not fit the architecture {architecture}: it has no {head}. Choose another "
             "architecture or file."
         )
-    classes = len(weights[head])
-    build = torchvision.models.get_model_builder(architecture)
-    with torch.random.fork_rng(devices=[]):
-        network = build(weights=None, weights_backbone=None, num_classes=classes)
+    classes = len(weights[head]) if weights[head].ndim else 0
+
+    def build() -> nn.Module:
+        return torchvision.models.get_model(architecture, weights=None, weights_backbone=None, num_classes=classes)
+
+    network = built(build, weights.values(), path, title)
     published = published_weights(torchvision, architecture, path)
     labels, preset = published.meta["categories"], published.transforms()
     if classes != len(labels):
@@ -133,17 +144,20 @@ def _from_file(path: Path, architecture: str | None, title: str) -> Segmentation
 def _from_folder(folder: Path, title: str) -> SegmentationNetwork:
     network = transformers_network(folder, "AutoModelForSemanticSegmentation", title)
     config = network.config
-    labels = [config.id2label[i] for i in range(config.num_labels)]
+    labels = label_names([config.id2label.get(i) for i in range(config.num_labels)], config.num_labels, folder, title)
     default = Preprocessing((512, 512), IMAGENET.mean, IMAGENET.std)
     preprocessing = preprocessing_of(folder, default, title)
     # Old SegFormer folders have an image_size too, which means nothing: the class must know it.
     fixed = hasattr(type(config)(), "image_size")
     if fixed:
-        size = config.image_size
-        preprocessing = replace(preprocessing, size=(size, size) if isinstance(size, int) else tuple(size))
+        size = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
+        mean, std = preprocessing.mean, preprocessing.std
+        preprocessing = plausible(size, mean, std, folder / "config.json", title, preprocessing.bgr)
     palette = getattr(config, "palette", None) or _palette(labels)
     if palette and not (
-        len(palette) == len(labels) and all(re.fullmatch("#[0-9a-fA-F]{6}", str(color)) for color in palette)
+        isinstance(palette, list)
+        and len(palette) == len(labels)
+        and all(re.fullmatch("#[0-9a-fA-F]{6}", str(color)) for color in palette)
     ):
         raise ValueError(
             f"{title}: palette in {folder / 'config.json'} must list a '#rrggbb' for each of the {len(labels)} "

@@ -18,6 +18,7 @@ from . import (
     successors,
     sweep,
 )
+from .limits import within_limits
 
 _NODES = {
     **guidance.NODES,
@@ -38,5 +39,5 @@ _NODES = {
     **demo.NODES,
 }
 
-NODE_CLASS_MAPPINGS = {node_id: node for node_id, (node, _) in _NODES.items()}
+NODE_CLASS_MAPPINGS = {node_id: within_limits(node, title) for node_id, (node, title) in _NODES.items()}
 NODE_DISPLAY_NAME_MAPPINGS = {node_id: name for node_id, (_, name) in _NODES.items()}

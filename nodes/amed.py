@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .. import host
-from ..models.network import choices, models_folder, path_of
+from ..models.network import choices, models_folder, path_of, shortened
 from ..samplers.amed import predictor as files
 from ..samplers.amed.predictor import AMEDPredictor, AMEDSettings
 from ..samplers.amed.sampling import amed_sampler, base_sigmas, expanded_sigmas, mismatches, probed_midpoints
@@ -449,10 +449,12 @@ def _file(name: str, title: str, kind: str = "") -> Path:
     """models/amed/<name><kind>.safetensors. Raises ValueError, for the node of that title, for a name that is none."""
     folder = Path(folder_paths.models_dir, FOLDER).resolve()
     name = name.encode(errors="replace").decode()  # half a character stops the host that reports it
-    usable = len(name.encode()) <= 200 and not set(name) & set('<>:"|?*\\\0')
+    usable = len(name.encode()) <= 200 and not set(name) & set('<>:"|?*\\') and (name.isprintable() or not name)
     path = (folder / f"{name.strip()}{kind}.safetensors").resolve() if usable else folder
     if folder not in path.parents or path.name.startswith("."):
-        raise ValueError(f"{title}: '{name}' is no name for a file in models/{FOLDER}. Take letters, such as toy_6.")
+        raise ValueError(
+            f"{title}: '{shortened(name, 200)}' is no name for a file in models/{FOLDER}. Take letters, such as toy_6."
+        )
     return path
 
 

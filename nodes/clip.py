@@ -12,6 +12,7 @@ from torch import Tensor
 from ..losses.clip import DISTANCES, CLIPImage, CLIPText, Cutouts
 from ..models import clip_model
 from ..models.clip_model import OpenCLIP
+from ..models.network import shortened
 from .images import from_image
 from .loss_node import LossNode
 
@@ -261,13 +262,16 @@ def weighted_texts(value: str, name: str) -> tuple[list[str], list[float]]:
         text, weight = match.groups() if match else (part, "1")
         if not text.strip():
             raise ValueError(
-                f"CLIP Text Loss: there is no text in part {len(texts) + 1} of {name} '{value}'. Write texts parted by "
+                f"CLIP Text Loss: there is no text in part {len(texts) + 1} of {name} "
+                f"'{shortened(value, 200)}'. Write texts parted by "
                 "|, each with a weight behind a colon if it is not 1, such as: a red car | at night:0.5"
             )
         texts.append(text.strip())
         weights.append(float(weight))
     if not any(weights) or not all(map(math.isfinite, weights)):
-        raise ValueError(f"CLIP Text Loss: the weights of {name} '{value}' are all 0, or too large. Set one to 1.")
+        raise ValueError(
+            f"CLIP Text Loss: the weights of {name} '{shortened(value, 200)}' are all 0, or too large. Set one to 1."
+        )
     return texts, weights
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..losses.segmentation import UNLABELLED, Segmentation, from_colors, layered
 from ..models import segmentation
-from ..models.network import choices, models_folder, path_of
+from ..models.network import choices, models_folder, path_of, shortened
 from ..models.pretrained import LoadedNetwork, class_index
 from .images import from_image, from_mask
 from .loss_node import LossNode
@@ -29,7 +29,7 @@ WHERE = (
     "https://huggingface.co/nvidia/segformer-b0-finetuned-ade-512-512."
 )
 # A label may hold commas: a pair ends with its colour.
-PAIR = re.compile(r"([^=]+?)\s*=\s*#?([0-9a-fA-F]{6})(?:[\s,;]+|$)")
+PAIR = re.compile(r"([^=]+)=\s*#?([0-9a-fA-F]{6})(?:[\s,;]+|$)")
 CLASS_TOOLTIP = (
     "What shall be there: one of the network's labels, such as hair or sky, or its number, counted from 0. The "
     "loader's labels output lists them; a name that is not there is answered with close ones."
@@ -205,7 +205,8 @@ class SegmentationLoss(LossNode):
             target = (*target, (mask, class_name))
         elif class_name.strip():
             raise ValueError(
-                f"{TITLE}: class_name is '{class_name}', and there is no mask. Connect a mask, or empty class_name."
+                f"{TITLE}: class_name is '{shortened(class_name, 200)}', and there is no mask. Connect a mask, or "
+                "empty class_name."
             )
         if color_map is None and not target:
             raise ValueError(f"{TITLE}: nothing says what shall be where. Connect color_map, mask or target.")
@@ -251,9 +252,8 @@ def _pairs(colors: str, labels: tuple[str, ...]) -> list[tuple[int, str]]:
     while position < len(text):
         pair = PAIR.match(text, position)
         if pair is None:
-            raise ValueError(
-                f"{TITLE}: '{text[position:].splitlines()[0]}' in colors is not of the form skin=#f0be96, hair=#784628."
-            )
+            line = shortened(text[position:].splitlines()[0], 200)
+            raise ValueError(f"{TITLE}: '{line}' in colors is not of the form skin=#f0be96, hair=#784628.")
         index, color = class_index(labels, pair[1], TITLE), f"#{pair[2].lower()}"
         if found.setdefault(color, index) != index:
             raise ValueError(

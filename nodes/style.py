@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..losses.style import StyleGram, VGGLayers, ViTBlocks, weighted
 from ..models.clip_model import OpenCLIP
-from ..models.network import choices, managed, models_folder, path_of
+from ..models.network import choices, managed, models_folder, path_of, shortened
 from ..models.pretrained import LoadedNetwork
 from ..models.vgg import VGG_URL, load_vgg
 from .images import from_image
@@ -147,11 +147,12 @@ def _layers(setting: str, text: str, names: list[str]) -> list[tuple[str, float]
     try:
         layers = weighted(text)
     except ValueError as error:
-        raise ValueError(f"Style Gram Loss: {setting}: {error}") from error
+        raise ValueError(f"Style Gram Loss: {setting}: {shortened(error)}") from error
     unknown = [name for name, _ in layers if name not in names]
     if unknown:
         raise ValueError(
-            f"Style Gram Loss: {setting}: this network has no layer '{unknown[0]}'. It has {', '.join(names)}."
+            f"Style Gram Loss: {setting}: this network has no layer '{shortened(unknown[0], 200)}'. It has "
+            f"{', '.join(names)}."
         )
     return layers
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from ..models.network import shortened
+
 MOST = 64
 
 
@@ -46,7 +48,9 @@ def _number(word: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"Sweep Values: '{word}' is no number. Write such as 0, 0.1, 0.2, with a point in each.")
+        raise ValueError(
+            f"Sweep Values: '{shortened(word, 200)}' is no number. Write such as 0, 0.1, 0.2, with a point in each."
+        )
     return number
 
 

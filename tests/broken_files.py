@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from sphereguide.models.classifier import NoisyLatentClassifier
 from torch import Tensor
 
-__all__ = ["write_broken_files", "write_pictures", "write_resnet"]
+__all__ = ["write_broken_files", "write_networks", "write_pictures", "write_resnet"]
 
 OWN = ROOT / "demo" / "weights"
 TOY = "toy_portraits"
@@ -63,6 +63,11 @@ def write_broken_files(base: Path) -> None:
     toy("open_clip", "cut_tokenizer", model_cfg={**clip, "text_cfg": words})
     file("open_clip/cut_tokenizer/tokenizer.json", "{")
     file("open_clip/cut_tokenizer/tokenizer_config.json", "{")
+    toy("open_clip", "far_tokenizer", model_cfg={**clip, "text_cfg": words})
+    file("open_clip/far_tokenizer/tokenizer.json", "{}")
+    file("open_clip/far_tokenizer/tokenizer_config.json", {"tokenizer_file": "../../../secret.json"})
+    far = {**clip["text_cfg"], "tokenizer_kwargs": {"bpe_path": "../../../secret.gz"}}
+    toy("open_clip", "far_vocabulary", model_cfg={**clip, "text_cfg": far})
     toy("open_clip", "mixed", without=("*.safetensors",))
     file("open_clip/mixed/open_clip_model.safetensors", other)
     toy("open_clip", "program", without=("*.safetensors",))
@@ -75,6 +80,10 @@ def write_broken_files(base: Path) -> None:
     toy("segmentation", "without_palette", palette=None)
     toy("segmentation", "short_palette", palette=["#ff0000"])
     toy("segmentation", "without_preprocessor", without=("preprocessor_config.json",))
+    toy("segmentation", "many_labels", num_labels=10**9)
+    toy("segmentation", "in_parts", backbone="some/body")
+    toy("segmentation", "large_input")
+    file("segmentation/large_input/preprocessor_config.json", {"size": 10**6})
     toy("segmentation", "backbone", without=("*.safetensors",))
     weights = load_file(OWN / "segmentation" / TOY / "model.safetensors")
     backbone = {name: value for name, value in weights.items() if not name.startswith("decode_head")}
@@ -85,12 +94,20 @@ def write_broken_files(base: Path) -> None:
     file("segmentation/text/model.safetensors", other)
 
     file("classifiers/resnet18.safetensors", other)
-    for name, channels, labels in (("noisy", 4, ["a", "b"]), ("noisy_8", 8, ["a", "b"]), ("noisy_one", 4, ["a"])):
+    file("classifiers/resnet18_of_many.safetensors", {"fc.weight": torch.zeros(10**12, 0)})
+    noisy = {
+        "noisy": (4, ["a", "b"]),
+        "noisy_8": (8, ["a", "b"]),
+        "noisy_one": (4, ["a"]),
+        "noisy_numbers": (4, [1, 2]),
+    }
+    for name, (channels, labels) in noisy.items():
         settings = {"in_channels": channels, "labels": labels, "width": 8, "channel_mult": [1], "blocks": 1}
         file(f"classifiers/{name}/config.json", {**SETTINGS, **settings})
         file(f"classifiers/{name}/model.safetensors", NoisyLatentClassifier(**settings).state_dict())
     file("classifiers/noisy_of_tomorrow/config.json", {**SETTINGS, "architecture": "TomorrowsClassifier"})
     file("classifiers/noisy_without_labels/config.json", {**SETTINGS, "in_channels": 4})
+    file("classifiers/noisy_without_labels/model.safetensors", other)
 
     face = json.loads((OWN / "face_encoders" / TOY / "config.json").read_text(encoding="utf-8"))
     toy("face_encoders", "of_tomorrow", architecture="tomorrow_net")
@@ -99,6 +116,7 @@ def write_broken_files(base: Path) -> None:
     weights = load_file(OWN / "face_encoders" / TOY / "model.safetensors")
     weights["conv_stem.weight"] = weights["conv_stem.weight"][:, :1].contiguous()
     save_file(weights, models / "face_encoders" / "grey" / "model.safetensors")
+    toy("face_encoders", "fetching", model_args={"pretrained": True})
     toy("face_encoders", "newer", model_args={"warp": 9})
     file("face_encoders/cut/config.json", "{")
     file("face_encoders/list/config.json", "[]")
@@ -114,6 +132,7 @@ def write_broken_files(base: Path) -> None:
         save_file(
             predictor, models / "amed" / f"{name}.safetensors", {**header, "settings": json.dumps(settings | changes)}
         )
+    save_file(predictor, models / "amed" / "spoilt.training.safetensors", {**header, "training": "{"})
     save_file({k: v * torch.nan for k, v in predictor.items()}, models / "amed" / "nan.safetensors", header)
 
     unet = load_file(OWN / "toy_portraits_unet.safetensors")
@@ -135,6 +154,23 @@ def write_pictures(folder: Path) -> None:
         from skimage import data
 
         Image.fromarray(np.concatenate([data.astronaut()[:256, 100:356]] * 2, 1)).save(folder / "faces.png")
+
+
+def write_networks(models: Path) -> None:
+    """With random weights, those that Toy Portraits lacks: VGG19, torchvision's ResNet18, a noise-aware classifier."""
+    from torchvision.models import resnet18
+    from torchvision.models.vgg import cfgs, make_layers
+
+    noisy = {"in_channels": 4, "labels": ["a", "b"], "width": 8, "channel_mult": [1], "blocks": 1}
+    for folder in ("vgg", "classifiers/noisy"):
+        (models / folder).mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng(devices=[]):
+        features = make_layers(cfgs["E"], batch_norm=False).state_dict()
+        save_file({f"features.{name}": value for name, value in features.items()}, models / "vgg" / "vgg19.safetensors")
+        resnet = resnet18(weights=None, num_classes=3).state_dict()
+        save_file(resnet, models / "classifiers" / "resnet18_3.safetensors")
+        save_file(NoisyLatentClassifier(**noisy).state_dict(), models / "classifiers" / "noisy" / "model.safetensors")
+    (models / "classifiers" / "noisy" / "config.json").write_text(json.dumps({**SETTINGS, **noisy}))
 
 
 def write_resnet(folder: Path) -> None:

@@ -17,7 +17,7 @@ from sphereguide import NODE_CLASS_MAPPINGS
 from sphereguide.demo.run import node_of
 
 TOP = {"__init__.py", "host.py", "losses", "models", "nodes", "samplers", "demo", "web", "workflows", "docs"}
-TOP |= {"pyproject.toml", "requirements.txt", "README.md", "README.zh-CN.md", "CHANGELOG.md", "LICENSE"}
+TOP |= {"pyproject.toml", "requirements.txt", "README.md", "README.zh-CN.md", "CHANGELOG.md", "LICENSE", "SECURITY.md"}
 
 
 def git(*arguments: str) -> set[str]:

@@ -214,6 +214,14 @@ def test_half_precision_images_are_judged_in_float32(dtype):
     assert gradient.isfinite().all() and gradient.abs().max() > 0
 
 
+def test_a_strip_of_a_picture_is_refused():
+    """One pixel high, it would be scaled to a terabyte."""
+    network = load(FACE)[0].network
+    assert network.input_size(16, 256) == (64, 1024)
+    with pytest.raises(ValueError, match=r"^Segmentation Loss: a picture of 16384×1 pixels is too long and narrow"):
+        network.input_size(1, 16384)
+
+
 def test_the_network_sees_the_image_at_its_own_scale_and_the_images_aspect():
     network = load(FACE)[0].network
     assert network.input_size(128, 128) == (64, 64)

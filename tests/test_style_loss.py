@@ -188,6 +188,14 @@ def test_a_texture_has_one_gram_matrix_at_any_size(vgg):
     assert distance(small, large) < 0.02
 
 
+def test_a_strip_of_a_picture_is_refused(vgg):
+    """One pixel high, it would be scaled to a terabyte."""
+    loaded, _ = vgg
+    make(images(1, 4, 64), vgg=loaded)
+    with pytest.raises(ValueError, match=r"^Style Gram Loss: a picture of 16384×1 pixels is too long and narrow"):
+        make(images(1, 1, 16384), vgg=loaded)
+
+
 def test_half_precision_does_not_overflow_the_gram_matrix():
     features = torch.full((1, 2, 100_000), 10.0, dtype=torch.float16)
     torch.testing.assert_close(gram(features), torch.full((1, 2, 2), 100.0))

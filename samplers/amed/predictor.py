@@ -35,8 +35,11 @@ __all__ = [
 BOTTLENECK = 8
 """Height and width of the bottleneck that a predictor reads."""
 FORMAT = "SphereGuide AMED predictor"
+MOST_POINTS = 1001
+"""Time points of a predictor: Train AMED Predictor makes 21 at most, a script may make more."""
 TRAINING = "training."
 """What the names of the tensors of a training begin with."""
+DELETE = "Delete the file to train anew, or give another name."
 
 
 class PredictorNetwork(nn.Module):
@@ -108,6 +111,10 @@ class AMEDSettings:
     seconds: float = field(default=0.0, compare=False)
 
     def __post_init__(self) -> None:
+        if len(self.sigmas) > MOST_POINTS:
+            raise ValueError(
+                f"there are {len(self.sigmas)} sigmas, and a solver of few steps has {MOST_POINTS} at most"
+            )
         if self.student not in ORDERS:
             raise ValueError(f"there is no student '{self.student}'; there are {', '.join(ORDERS)}")
         if not 1 <= self.max_order <= ORDERS[self.student]:
@@ -188,42 +195,52 @@ def load(path: Path, title: str = "Load AMED Predictor") -> AMEDPredictor:
 
     Raises ValueError, for the node of that title, for a file that is damaged or something else.
     """
-    weights, metadata = _open(path, title)
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"{title}: {path} is no predictor of Train AMED Predictor. Choose another; the authors' own are not read."
-        )
-    weights = {name: value for name, value in weights.items() if not name.startswith(TRAINING)}
+    weights, metadata = _open(path, title, training=False)
     try:
         predictor = AMEDPredictor.untrained(settings_of(json.loads(metadata["settings"])))
         with torch.inference_mode(False):
             predictor.network.load_state_dict(weights)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        finite = all(value.isfinite().all() for value in predictor.network.state_dict().values())
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise ValueError(
             f"{title}: {path} does not fit this version of SphereGuide. Update it, or train anew. "
             f"({' '.join(str(error).split())})"
         ) from error
-    if not all(value.isfinite().all() for value in weights.values()):
+    if not finite:
         raise ValueError(f"{title}: {path} holds numbers that are not finite. Train it anew, at a lower learning rate.")
     return predictor
 
 
 def read(path: Path, title: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write` was given for a training."""
-    tensors, metadata = _open(path, title)
-    state = {name.removeprefix(TRAINING): value for name, value in tensors.items() if name.startswith(TRAINING)}
-    return state, json.loads(metadata.get("training", "{}"))
+    """What `write` was given for a training. Raises ValueError, for the node of that title, for what was not."""
+    state, metadata = _open(path, title, training=True)
+    try:
+        header = json.loads(metadata.get("training", "{}"))
+        if not isinstance(header, dict):
+            raise ValueError(f"it holds a {type(header).__name__} and no state")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{title}: the training in {path} can't be gone on with. {DELETE} ({error})") from error
+    return state, header
 
 
-def _open(path: Path, title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _open(path: Path, title: str, training: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The predictor's tensors, or those of its training; and the header. Of another file no tensor is read."""
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+            metadata = file.metadata() or {}
+            names = [name for name in file.keys() if name.startswith(TRAINING) == training]  # noqa: SIM118
+            ours = metadata.get("format") == FORMAT
+            tensors = {name.removeprefix(TRAINING): file.get_tensor(name) for name in names} if ours else {}
+    except Exception as error:  # what a reader says of bytes that it was not made for can be of any type
         raise ValueError(
             f"{title}: {path} can't be read, it may be damaged or cut short. Get it again, or delete it and train "
             f"anew. ({error})"
         ) from error
+    if not ours:
+        raise ValueError(
+            f"{title}: {path} is no predictor of Train AMED Predictor. Choose another; the authors' own are not read."
+        )
+    return tensors, metadata
 
 
 def settings_of(values: dict[str, Any]) -> AMEDSettings:
@@ -232,7 +249,13 @@ def settings_of(values: dict[str, Any]) -> AMEDSettings:
     if unknown := values.keys() - kinds.keys():
         raise ValueError(f"it has settings that are not known here: {', '.join(sorted(unknown))}")
     read = {"str": str, "float": float, "int": int, "bool": bool, "tuple[float, ...]": lambda v: tuple(map(float, v))}
-    return AMEDSettings(**{name: read[str(kinds[name])](value) for name, value in values.items()})
+    settings = AMEDSettings(**{name: read[str(kinds[name])](value) for name, value in values.items()})
+    between = zip(settings.sigmas, settings.midpoints, settings.sigmas[1:], strict=False)
+    if not all(0.999 * after <= middle <= 1.001 * sigma for sigma, middle, after in between):
+        raise ValueError(f"the midpoints {settings.midpoints} do not lie between the sigmas {settings.sigmas}")
+    if not math.isfinite(settings.cfg):
+        raise ValueError(f"the cfg is {settings.cfg}")
+    return settings
 
 
 def fingerprint(patcher: Any) -> str:

@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_flatten
 from ... import host
 from ..kernel import noise_of, per_sample, prepared
 from .bottleneck import watched
-from .predictor import AMEDPredictor, AMEDSettings, fingerprint, load, read, write
+from .predictor import DELETE, AMEDPredictor, AMEDSettings, fingerprint, load, read, write
 from .sampling import base_sigmas, intervals, look, sampled
 from .schedules import RHO, time_points
 from .students import ORDERS, AdamsBashforth, Choice, DPMSolverPP, Solver, Student, classical, heun
@@ -217,6 +217,15 @@ class _Training:
         positive, negative = prompts
         if not positive or (not negative and settings.cfg != 1):
             raise ValueError(f"{TITLE}: there is no {'negative' if positive else 'positive'} prompt. Connect one.")
+        kept_states = (plan.trajectories if plan.epochs > 1 else 0) + JUDGED
+        size = kept_states // self.world * settings.steps * math.prod(shape) * 4
+        free = comfy.model_management.get_free_memory(torch.device("cpu"))
+        if size > free:
+            raise ValueError(
+                f"{TITLE}: what the teacher gives for {kept_states} trajectories takes {size / 2**30:.3g} GB, and "
+                f"{free / 2**30:.3g} GB of memory are free. Lower trajectories, or set epochs to 1, which keeps "
+                "nothing."
+            )
         self.guider, self.prompts, self.shape, self.plan = guider, prompts, shape, plan
         self.settings, self.kept, self.progress = settings, kept, progress
         self.sigmas = base_sigmas(AMEDPredictor.untrained(settings))
@@ -464,11 +473,20 @@ class _Training:
             if self.rank == 0:
                 self.kept.replace(aside)
             return
-        self.best, self.iteration, self.seconds = best, header["iteration"], best.settings.seconds
-        history = header["history"]
-        errors = [(int(i), float(error)) for i, error in history["errors"]]
-        self.history = History(history["losses"], errors, history["student_error"])
-        self._restore(state)
+        try:
+            history = header["history"]
+            errors = [(int(i), float(error)) for i, error in history["errors"]]
+            losses = [[float(loss) for loss in each] for each in history["losses"]]
+            self.history = History(losses, errors, float(history["student_error"]))
+            self.iteration = len(losses)
+            if not errors or header["iteration"] != self.iteration or not 0 <= self.iteration <= self.plan.iterations:
+                raise ValueError(f"it says that it is at iteration {header['iteration']}")
+            self._restore(state)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
+            raise ValueError(
+                f"{TITLE}: the training in {self.kept} can't be gone on with. {DELETE} ({' '.join(str(error).split())})"
+            ) from error
+        self.best, self.seconds = best, best.settings.seconds
         log.info("%s: goes on at iteration %d of %d.", TITLE, self.iteration, self.plan.iterations)
 
 
