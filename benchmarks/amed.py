@@ -175,10 +175,10 @@ def calls(sampler: str, scheduler: str, steps: int) -> int:
     return len(made)
 
 
-def stock(nfe: int) -> list[Cell]:
-    """Every sampler and scheduler, with the most steps that take no more than `nfe` model calls."""
+def stock(nfe: int, samplers: int | None) -> list[Cell]:
+    """Every scheduler with every sampler, or the first few, with the most steps of no more than `nfe` model calls."""
     found = []
-    for sampler in comfy.samplers.KSampler.SAMPLERS:
+    for sampler in comfy.samplers.KSampler.SAMPLERS[:samplers]:
         if sampler == "dpm_adaptive":  # takes as many as it likes
             continue
         for scheduler in comfy.samplers.KSampler.SCHEDULERS:
@@ -244,7 +244,8 @@ class Bench:
         """All of the host on a few trajectories, the best on all; of these each sampler once, the nearest first."""
         listed = self.kept / f"stock_{nfe}.json"
         if not listed.exists():
-            listed.write_text(json.dumps([asdict(cell) for cell in self.pool.submit(stock, nfe).result()]))
+            every = self.pool.submit(stock, nfe, self.options.stock).result()
+            listed.write_text(json.dumps([asdict(cell) for cell in every]))
         cells = [Cell(**cell) for cell in json.loads(listed.read_text())]
         few = min(SCREENED, self.options.trajectories)
         for cell in cells:
@@ -365,6 +366,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--fine", type=int, default=FINE, help="steps of the reference")
     options = parser.parse_args()
+    options.stock = 3 if options.quick else None  # how many of the host's samplers
     learned = [("ipndm", nfe) for nfe in (*NFE, *WITH_AFS)] + [(name, 6) for name in STUDENTS if name != "ipndm"]
     calls_of = NFE
     if options.quick:
