@@ -50,7 +50,7 @@ OWN_REQUIREMENTS = ("torch", "torchvision", "torchaudio")
 
 
 # The whole suite, a process a core, four at most: the tests of a file stay together, since they share what they load.
-ALL_TESTS = ("--numprocesses", "logical", "--maxprocesses", "4", "--dist", "loadfile")
+ALL_TESTS = ("--numprocesses", "logical", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder")
 
 
 class Problem(Exception):

@@ -1045,6 +1045,14 @@ def tested(file: str, tests: dict[str, str]) -> dict[str, tuple[str, str]]:
 
 #: What no prompt provokes in a server with all that these tests need: how the message begins, and the test that does.
 ELSEWHERE = {
+    # files that somebody has tampered with
+    **tested(
+        "test_hostile_files.py",
+        {
+            "…: … can't be read: pretrained_cfg and model_args must be": "test_settings_that_have_no_names_are_refused",
+            "Train AMED Predictor: the training in …": "test_a_training_that_can_not_go_on_says_so",
+        },
+    ),
     # a pack, or packages, that are not whole
     **tested(
         "test_toy_models.py",

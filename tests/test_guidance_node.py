@@ -106,14 +106,14 @@ def test_the_summary_counts_what_was_skipped():
     gaussian_mixture.sample(sampler, gaussian_mixture.patcher(), batch=2, steps=5)
     first, second = trace.summary().splitlines()[1:]
     assert first.endswith("no steps skipped") and second.endswith("1 step skipped")
-    assert GuidanceReport().report({}, trace)["result"][1].isfinite().all()
+    assert GuidanceReport().report({"samples": torch.zeros(1, 4, 8, 8)}, trace)["result"][1].isfinite().all()
 
 
 def test_without_matplotlib_the_report_names_the_command(monkeypatch):
     _, trace = guide()
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(ImportError, match=r"Guidance Report draws with matplotlib.*pip install matplotlib"):
-        GuidanceReport().report({}, trace)
+        GuidanceReport().report({"samples": torch.zeros(1, 4, 8, 8)}, trace)
 
 
 class Interrupted(BaseException):
@@ -137,7 +137,7 @@ def test_the_trace_of_a_cancelled_run_is_kept():
 
 def test_before_any_run_the_report_says_so():
     _, trace = guide()
-    assert GuidanceReport().report({}, trace)["result"][2] == "No run yet."
+    assert GuidanceReport().report({"samples": torch.zeros(1, 4, 8, 8)}, trace)["result"][2] == "No run yet."
 
 
 def test_an_empty_range_of_recurrence_is_refused():

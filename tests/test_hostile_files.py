@@ -582,6 +582,18 @@ def test_a_configuration_leads_nowhere_else(name: str) -> None:
     shutil.rmtree(folder)
 
 
+def test_settings_that_have_no_names_are_refused() -> None:
+    ready("face_encoders")
+    title, load = LOADERS["face_encoders"]
+    folder = toy("face_encoders")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "model_args": ["pretrained"]}), encoding="utf-8")
+    with harmless(title) as result:
+        load("fuzz/")
+    result.is_refused("pretrained_cfg and model_args must be settings by name")
+    shutil.rmtree(folder)
+
+
 def test_a_tokenizer_leads_nowhere_else() -> None:
     ready("open_clip")
     folder = toy("open_clip")
