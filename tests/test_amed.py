@@ -1173,7 +1173,7 @@ def test_refused_at_the_node(model: Any) -> None:
     latent["samples"][0, 0, 0, 0] = 1  # an empty one is fitted
     with pytest.raises(ValueError, match="16 channels, and the model's have 4"):
         run_node(model, latent=latent)
-    with pytest.raises(ValueError, match="rho is -1.0, and must be a number from 0 to 20"):
+    with pytest.raises(ValueError, match=r"rho is -1\.0, and must be a number from 0 to 20"):
         run_node(model, rho=-1.0)
 
 
