@@ -35,7 +35,7 @@ import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from judged import real_features  # noqa: E402
+from judged import fast_vae, real_features  # noqa: E402
 from processes import processes  # noqa: E402
 from result import Result  # noqa: E402
 from sphereguide import host  # noqa: E402
@@ -174,10 +174,7 @@ def loaded() -> tuple[Any, Any, Any, Any]:
     """MODEL, the empty prompt, a VAE in float32, and one in bfloat16. As nodes would do it: in inference mode."""
     with torch.inference_mode():
         model, clip, exact = toy_portraits.load()
-        fast = toy_portraits.load_vae()
-        fast.vae_dtype = torch.bfloat16
-        fast.first_stage_model.to(torch.bfloat16)
-        return model, host.encoded(clip, ""), exact, fast
+        return model, host.encoded(clip, ""), exact, fast_vae()
 
 
 @functools.cache

@@ -41,7 +41,7 @@ import_pack()
 import comfy.samplers  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from judged import real_features  # noqa: E402
+from judged import fast_vae, real_features  # noqa: E402
 from processes import processes  # noqa: E402
 from result import Result  # noqa: E402
 from shell import Shell  # noqa: E402
@@ -157,10 +157,7 @@ def loaded() -> tuple[Any, Any, Any, Any]:
     """MODEL, the empty prompt, a VAE in float32, and one in bfloat16. As nodes would do it: in inference mode."""
     with torch.inference_mode():
         model, clip = toy_portraits.load_model(), toy_portraits.load_clip()
-        exact, fast = toy_portraits.load_vae(), toy_portraits.load_vae()
-        fast.vae_dtype = torch.bfloat16
-        fast.first_stage_model.to(torch.bfloat16)
-        return model, host.encoded(clip, ""), exact, fast
+        return model, host.encoded(clip, ""), toy_portraits.load_vae(), fast_vae()
 
 
 def originals(seeds: list[int]) -> Tensor:
