@@ -43,6 +43,15 @@ MIXED: dict[str, dict[str, Any]] = {
 # -- long runs ---------------------------------------------------------------------------------------------------------
 
 
+def settled(process: psutil.Process) -> dict[str, float]:
+    """What the process holds at least, in two seconds: the server closes a connection later than its client does."""
+    found = [endurance.measured(process)]
+    for _ in range(20):
+        time.sleep(0.1)
+        found.append(endurance.measured(process))
+    return {name: min(one[name] for one in found) for name in found[0]}
+
+
 def test_rounds_of_guided_prompts_leave_no_tensor_handle_or_thread(faulty_server: Faulty) -> None:
     process = psutil.Process(faulty_server.server.process.pid)
     found = []
@@ -50,7 +59,7 @@ def test_rounds_of_guided_prompts_leave_no_tensor_handle_or_thread(faulty_server
         count = len(endurance.WORKFLOWS)
         list(endurance.endured(faulty_server.server, endurance.prompts(count, SIDE, first_seed=100 + i * count)))
         tensors = as_before(faulty_server, draws=None).seen["tensors"]
-        found.append({"tensors": tensors, **endurance.measured(process)})
+        found.append({"tensors": tensors, **settled(process)})
     _, second, third = found  # in the first, caches fill
     assert third["tensors"] == second["tensors"]
     assert third["handles"] <= second["handles"] and third["threads"] <= second["threads"]

@@ -139,13 +139,19 @@ def harmless(title: str) -> Iterator[Result]:
 
 @pytest.fixture(autouse=True)
 def outside() -> Iterator[None]:
-    """A folder beside `models`, with files that would load: nothing may look there."""
+    """A folder beside `models`, with files that would load: nothing may look there. `models` is left as it was."""
+    before = set(MODELS.rglob("*"))
     OUTSIDE.mkdir(exist_ok=True)
     shutil.copytree(OWN / "segmentation" / "toy_portraits", OUTSIDE / "segmentation", dirs_exist_ok=True)
     shutil.copy(OWN / "amed" / "toy_portraits_ipndm_4.safetensors", OUTSIDE / "secret.safetensors")
     torch.save({"a": torch.ones(2)}, OUTSIDE / "secret.pth")
     yield
     shutil.rmtree(OUTSIDE)
+    for path in sorted(set(MODELS.rglob("*")) - before, reverse=True):  # what a folder holds goes before it
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        else:
+            path.unlink()
 
 
 def place(kind: str, name: str, content: bytes) -> str:
