@@ -213,6 +213,8 @@ def noise_source(sampler_function: Callable[..., Tensor], x: Tensor, sigmas: Ten
             x, sigmas[sigmas > 0].min(), sigmas.max(), seed=seed, cpu=not function.__name__.endswith("_gpu")
         )
     if "seed" in inspect.signature(k_diffusion.default_noise_sampler).parameters:
+        if seed == 2**64 - 1:
+            seed = -1  # the same to a generator, and newer hosts add 1 to it
         return k_diffusion.default_noise_sampler(x, seed=seed)
     return k_diffusion.default_noise_sampler(x)
 
