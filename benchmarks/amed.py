@@ -4,13 +4,12 @@
 
 Each trajectory has noise and a caption of its own, which nothing was trained on; cfg is 1. `rmse` is the distance of
 the latents, at sigma 0, to those of 200 steps of Heun's method on 256 trajectories, with the standard error of the
-bootstrap, and `median` that of what each trajectory is off by itself. `over_student` is `rmse` over that of iPNDM alone,
-`mean_over_student` the same of the mean of what each is off, which is what a training lowers, and `nearer` the share of
-the trajectories that come nearer. Every sampler and scheduler of the host is tried with as many steps as make `nfe`
-model calls (or fewer, if none makes so many): on 32 trajectories (`n`), and the best eight on all. `frechet` is the
-distance of a judge's features,
-which nothing was trained on, between 2000 samples and portraits of the test seeds, for the three nearest stock samplers
-with their best schedulers too.
+bootstrap, and `median` that of what each trajectory is off by itself. `over_student` is `rmse` over that of iPNDM
+alone, `mean_over_student` the same of the mean of what each is off, which is what a training lowers, and `nearer` the
+share of the trajectories that come nearer. Every sampler and scheduler of the host is tried with as many steps as make
+`nfe` model calls (or fewer, if none makes so many): on 32 trajectories (`n`), and the best eight on all. `frechet` is
+the distance of a judge's features, which nothing was trained on, between 2000 samples and portraits of the test seeds,
+for the three nearest stock samplers with their best schedulers too.
 
 Predictors for iPNDM are those that ship; the others are trained here, in the same way. `train_seconds` is on one core.
 """
