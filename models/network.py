@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import pickle
 import threading
 import zipfile
@@ -19,6 +20,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
+
+log = logging.getLogger("sphereguide")
 
 OWN = Path(__file__).resolve().parent.parent / "demo" / "weights"
 """Networks that come with the pack, in folders named like those of `models`."""
@@ -113,6 +116,14 @@ def load_weights(path: Path, title: str) -> dict[str, Tensor]:
         if path.suffix in (".safetensors", ".sft"):
             return load_file(path)
         _check_unpacked(path)
+        if torch.__version__ < "2.10":
+            log.warning(
+                "%s: PyTorch %s has a known hole in reading files such as %s (CVE-2026-24747). Take them from those "
+                "you trust alone, or as .safetensors, or update PyTorch to 2.10.",
+                title,
+                torch.__version__,
+                path,
+            )
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(

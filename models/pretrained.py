@@ -254,14 +254,15 @@ def _check_own(config: dict[str, Any], folder: Path, title: str) -> None:
     `local_files_only` and `trust_remote_code` hold for the network, and not for the parts that it names.
     """
     foreign = ["adapter_config.json"] if (folder / "adapter_config.json").exists() else []
+    foreign += ["configuration_files"] if "configuration_files" in config else []  # it takes one that nobody checked
     for entry in _dicts(config):
         pretrained = entry.get("use_pretrained_backbone")
         named = isinstance(entry.get("backbone"), str) and not entry.get("use_timm_backbone")
         timm = entry.get("model_type") == "timm_backbone"
         if pretrained or (named and not timm):
             foreign.append("backbone")
-        if "/" in str(entry.get("attn_implementation") or entry.get("_attn_implementation") or ""):
-            foreign.append("attn_implementation")
+        # Of attention, of experts, also in the form that transformers 4.56 to 5.2 took from a file (CVE-2026-4372).
+        foreign += [key for key, value in entry.items() if "implementation" in key and "/" in str(value)]
     for index in folder.glob("*.index.json"):
         shards = read_json(index, title).get("weight_map")
         names = shards.values() if isinstance(shards, dict) else [None]

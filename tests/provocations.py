@@ -1051,6 +1051,7 @@ ELSEWHERE = {
         {
             "…: … can't be read: pretrained_cfg and model_args must be": "test_settings_that_have_no_names_are_refused",
             "Train AMED Predictor: the training in …": "test_a_training_that_can_not_go_on_says_so",
+            "…: PyTorch … has a known hole …": "test_pickles_come_with_a_warning_where_pytorch_has_a_hole",
         },
     ),
     # a pack, or packages, that are not whole

@@ -47,6 +47,7 @@ from sphereguide.nodes.segmentation import LoadSegmentationModel
 from sphereguide.nodes.style import LoadVGG
 from sphereguide.samplers.amed import predictor as amed
 from sphereguide.samplers.amed.training import Plan, settings_for, train
+from torch.torch_version import TorchVersion
 from watch import watched
 
 MINUTES = float(os.environ.get("SPHEREGUIDE_FUZZ_MINUTES", 0))
@@ -433,6 +434,19 @@ def test_tensors_that_hold_less_than_they_claim_are_none() -> None:
         result.is_refused("not weights by name")
 
 
+@pytest.mark.parametrize(("version", "warned"), [("2.9.1", True), ("2.10.0", False), ("2.14.1+cu130", False)])
+def test_pickles_come_with_a_warning_where_pytorch_has_a_hole(
+    version: str, warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    for name, content in (("own.pth", pickled(False)), ("own.safetensors", save(TENSORS))):
+        caplog.clear()
+        load_weights(MODELS / "vgg" / place("vgg", name, content), "Title")
+        assert [record.message.startswith("Title: PyTorch 2.9.1 has a known hole") for record in caplog.records] == [
+            True
+        ] * (warned and name.endswith(".pth"))
+
+
 # -- configurations ----------------------------------------------------------------------------------------------------
 
 NUMBERS = [0, -1, 1, 2, 7, 1000, 10**5, 10**7, 10**9, 2**31, 2**63, 10**30, 0.5, -1e308, math.inf, math.nan]
@@ -442,10 +456,11 @@ LISTS = [[], {}, [1], [0, 0], [10**9] * 4, ["a", None], {"a": 1}, {"0": None}, [
 VALUES = st.sampled_from([None, True, False, *NUMBERS, *WORDS, *PATHS, *LISTS])
 KEYS = st.sampled_from(
     """
-    pretrained checkpoint_path pretrained_cfg pretrained_cfg_overlay cache_dir model_args features_only num_classes url
-    use_pretrained_backbone use_timm_backbone backbone backbone_config quantization_config auto_map model_type weights
-    attn_implementation _name_or_path torch_dtype num_labels id2label label_names image_size palette architectures file
-    bpe_path tokenizer_kwargs hf_model_name hf_tokenizer_name timm_model_name timm_model_pretrained context_length
+    pretrained checkpoint_path pretrained_cfg pretrained_cfg_overlay cache_dir model_args features_only
+    num_classes url use_pretrained_backbone use_timm_backbone backbone backbone_config quantization_config
+    auto_map model_type weights attn_implementation _attn_implementation_internal configuration_files
+    _name_or_path torch_dtype num_labels id2label label_names image_size palette architectures file bpe_path
+    tokenizer_kwargs hf_model_name hf_tokenizer_name timm_model_name timm_model_pretrained context_length
     custom_load
     """.split()  # noqa: SIM905
 )
@@ -546,6 +561,30 @@ FOREIGN: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "config.json",
         {"attn_implementation": "some/body"},
         "is not whole: its 'attn_implementation'",
+    ),
+    "kernels by a part of the network": (
+        "segmentation",
+        "config.json",
+        {"decoder_config": {"attn_implementation": {"": "some/body"}}},
+        "is not whole: its 'attn_implementation'",
+    ),
+    "kernels, past what transformers checks": (  # CVE-2026-4372
+        "segmentation",
+        "config.json",
+        {"_attn_implementation_internal": "some/body"},
+        "is not whole: its '_attn_implementation_internal'",
+    ),
+    "experts from the hub": (
+        "segmentation",
+        "config.json",
+        {"_experts_implementation": "some/body"},
+        "is not whole: its '_experts_implementation'",
+    ),
+    "another configuration": (
+        "segmentation",
+        "config.json",
+        {"configuration_files": ["config.4.0.0.json"]},
+        "is not whole: its 'configuration_files'",
     ),
     "an adapter": (
         "segmentation",
