@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .network import TooLarge, built, choices, load_weights, managed, models_folder, needs, path_of, shortened
-from .pretrained import check_numbers, plausible, read_json
+from .pretrained import Refused, check_config, check_numbers, plausible, read_json
 
 __all__ = ["ImageTower", "OpenCLIP", "TextTower", "entries", "load"]
 
@@ -251,7 +251,7 @@ def load(entry: str, dtype: torch.dtype = torch.float32) -> OpenCLIP:
         tokenizer, context_length = _tokenizer(open_clip, source, download)
         build = _network(open_clip, deepcopy(source.model), download)
         model = built(build, weights, described, TITLE)
-    except (TooLarge, _Refused, FileNotFoundError):
+    except (TooLarge, Refused, FileNotFoundError):
         raise
     except Exception as error:  # of several packages, each with its own way of saying that settings are wrong
         raise ValueError(
@@ -354,10 +354,6 @@ def _root() -> Path:
     return Path(folder_paths.get_folder_paths(FOLDER)[0])
 
 
-class _Refused(ValueError):
-    """Of what would lead outside of the model's folder. The message is for the page."""
-
-
 def _network(open_clip: ModuleType, model_cfg: dict[str, Any], download: bool) -> Callable[[], nn.Module]:
     """What makes the network with random weights, in two towers `visual` and `text` whatever its class."""
     model_cfg.pop("custom_text", None)
@@ -366,7 +362,9 @@ def _network(open_clip: ModuleType, model_cfg: dict[str, Any], download: bool) -
         raise RuntimeError(f"timm would fetch '{vision_cfg['timm_model_name']}', and nothing is fetched unasked")
     vision_cfg["timm_model_pretrained"] = text_cfg["hf_model_pretrained"] = False
     if text_cfg.get("hf_model_name"):
-        text_cfg["hf_model_name"] = str(_small_files(text_cfg["hf_model_name"], ("config.json",), download))
+        folder = _small_files(text_cfg["hf_model_name"], ("config.json",), download)
+        check_config(read_json(folder / "config.json", TITLE), folder, TITLE)
+        text_cfg["hf_model_name"] = str(folder)
     network = open_clip.CoCa if "multimodal_cfg" in model_cfg else open_clip.CustomTextCLIP
     return lambda: network(**deepcopy(model_cfg))
 
@@ -377,7 +375,7 @@ def _tokenizer(open_clip: ModuleType, source: _Source, download: bool) -> tuple[
     context_length = text_cfg.get("context_length", 77)
     options = text_cfg.get("tokenizer_kwargs") or {}
     if foreign := sorted(options.keys() & {"bpe_path", "cache_dir", "tokenizer_name"}):
-        raise _Refused(
+        raise Refused(
             f"{TITLE}: tokenizer_kwargs in {CONFIG} has '{foreign[0]}', which leads outside of the model's folder. "
             "Take it out, and put the tokenizer's files beside it."
         )
@@ -395,7 +393,7 @@ def _tokenizer(open_clip: ModuleType, source: _Source, download: bool) -> tuple[
     try:
         tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), context_length=context_length, **options)
     except Exception as error:
-        raise _Refused(
+        raise Refused(
             f"{TITLE}: the tokenizer in {folder} can't be read. Get its files again from "
             f"https://huggingface.co/{name}. ({type(error).__name__}: {shortened(error)})"
         ) from error
@@ -411,7 +409,7 @@ def _check_inside(folder: Path) -> None:
     for key in ("tokenizer_file", "vocab_file", "merges_file", "spm_file"):
         named = config.get(key)
         if named is not None and not (isinstance(named, str) and (folder / named).resolve().parent == folder.resolve()):
-            raise _Refused(
+            raise Refused(
                 f"{TITLE}: '{key}' in {path} leads outside of the model's folder. Take it out, and put the file there."
             )
 

@@ -25,7 +25,9 @@ __all__ = [
     "ImageNetwork",
     "LoadedNetwork",
     "Preprocessing",
+    "Refused",
     "architecture_of",
+    "check_config",
     "check_numbers",
     "class_index",
     "fill",
@@ -44,6 +46,10 @@ LONGEST = 4096
 """The longest side of an input, in pixels: that of published networks is below 2000."""
 LARGEST = 10_000_000
 """No number in a configuration of an image network counts more than this: vocabularies have a million entries."""
+
+
+class Refused(ValueError):
+    """Of a configuration that leads outside of its folder. The message is for the page."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +205,7 @@ def transformers_network(folder: Path, auto_class: str, title: str) -> nn.Module
     transformers = needs("transformers", "pip install transformers", title)
     path = folder / "config.json"
     if path.exists():
-        _check_own(read_json(path, title), folder, title)
+        check_config(read_json(path, title), folder, title)
     if any(folder.glob("*.safetensors")):
         weights = _headers(folder, title)
     else:
@@ -248,8 +254,8 @@ class _Shape:
     shape: tuple[int, ...]
 
 
-def _check_own(config: dict[str, Any], folder: Path, title: str) -> None:
-    """Raises ValueError, for the node of that title, where transformers would look outside of the folder.
+def check_config(config: dict[str, Any], folder: Path, title: str) -> None:
+    """Raises Refused, for the node of that title, where transformers would look outside of the folder.
 
     `local_files_only` and `trust_remote_code` hold for the network, and not for the parts that it names.
     """
@@ -269,7 +275,7 @@ def _check_own(config: dict[str, Any], folder: Path, title: str) -> None:
         if not all(isinstance(name, str) and Path(name).name == name for name in names):
             foreign.append(index.name)
     if foreign:
-        raise ValueError(
+        raise Refused(
             f"{title}: the network in {folder} is not whole: its '{foreign[0]}' asks for code or files from elsewhere, "
             "and nothing is fetched unasked. Load one that has all of its parts in its folder."
         )

@@ -449,6 +449,10 @@ def test_a_hugging_face_text_tower_takes_its_configuration_from_the_cache(models
     save(models / "tiny", {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, model_cfg)
     with torch.inference_mode():
         assert load("tiny/").embed_texts(["a red car"]).shape == (1, 32)
+    config = json.loads((snapshot / "config.json").read_text())
+    (snapshot / "config.json").write_text(json.dumps({**config, "_attn_implementation_internal": "some/body"}))
+    with pytest.raises(ValueError, match="is not whole: its '_attn_implementation_internal' asks for code"):
+        load("tiny/")
 
 
 def test_a_timm_tower_that_would_be_fetched_is_refused(models, weights):
