@@ -15,7 +15,8 @@ from fault_nodes import KINDS, MESSAGE
 from faulty import SEED, SIDE, Faulty, prompt_with
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
-from prompts import PICTURE, STEPS, custom, empty, node
+from prompts import BASE, PICTURE, STEPS, clip_text, custom, empty, face, node, segmented, styled
+from sphereguide.demo.run import Prompt
 from sphereguide.samplers.tfg import PRESETS
 from test_faults import as_before
 
@@ -25,6 +26,13 @@ SAMPLERS = ("euler_ancestral", "ddpm", "dpmpp_sde", "dpmpp_2m_sde", "lcm", "dpm_
 LORA = node("LoraLoaderModelOnly", model=["toy", 0], lora_name="lora.safetensors", strength_model=0.5)
 CARRIES_GUIDANCE = importlib.util.find_spec("comfy.patcher_extension") is not None
 PERCENTS = {"start_percent": 0.0, "end_percent": 1.0}
+NETWORKS = {
+    "text": clip_text(),
+    "map": segmented(class_name="hair", mask=["black", 0], unlabelled="skin"),
+    "style": styled(open_clip_model=["loader", 0]),
+    "face": face(),
+}
+"""Prompts whose loss looks through a network."""
 
 
 class Graph:
@@ -38,9 +46,19 @@ class Graph:
         self.nodes[name] = node(class_type, **inputs)
         return [name, 0]
 
+    def copy(self, prompt: Prompt, name: str) -> list[Any]:
+        """A node of a prompt, and those that it needs beside the ones that every prompt has."""
+        inputs = {
+            key: [self.copy(prompt, value[0])[0], value[1]]
+            if isinstance(value, list) and value[0] not in BASE
+            else value
+            for key, value in prompt[name]["inputs"].items()
+        }
+        return self.add(prompt[name]["class_type"], **inputs)
+
 
 def draw_loss(draw: Any, graph: Graph, depth: int) -> list[Any]:
-    kinds = ["low pass", "super-resolution", "blur", "motion", "inpainting"]
+    kinds = ["low pass", "super-resolution", "blur", "motion", "inpainting", *NETWORKS]
     kind = draw(st.sampled_from(kinds + ["sum", "schedule", "region"] * (depth > 0)))
     if kind == "low pass":
         return graph.add("SphereGuideLowPassLoss", image=PICTURE, factor=draw(st.sampled_from((2, 8))))
@@ -54,6 +72,8 @@ def draw_loss(draw: Any, graph: Graph, depth: int) -> list[Any]:
     if kind == "inpainting":
         mask = graph.add("SolidMask", value=1.0, width=SIDE, height=SIDE)
         return graph.add("SphereGuideInpaintingLoss", image=PICTURE, mask=mask)
+    if kind in NETWORKS:
+        return graph.copy(NETWORKS[kind], "loss")
     inner = draw_loss(draw, graph, depth - 1)
     if kind == "sum":
         weights = {f"weight_{i}": draw(st.sampled_from((1.0, -0.5))) for i in range(1, 5)}
@@ -68,6 +88,15 @@ def draw_loss(draw: Any, graph: Graph, depth: int) -> list[Any]:
     return graph.add("SphereGuideMaskLoss", loss=inner, mask=mask, sees="whole image")
 
 
+def calibrated(graph: Graph, model: list[Any], text: dict[str, Any], cfg: float) -> list[Any]:
+    """An Epsilon Scaling, from as few pictures as can be."""
+    portraits = graph.add("SphereGuideDrawToyPortraits", count=8, first=0)
+    real = graph.add("VAEEncode", pixels=portraits, vae=["toy", 2])
+    wires = {"model": model, **text, "sampler": ["plain", 0], "sigmas": ["sigmas", 0], "latents": real}
+    settings = {"cfg": cfg, "samples": 2, "batch_size": 2, "calibration_seed": 0, "from_images": False}
+    return [graph.add("SphereGuideEpsilonScalingCalibrate", **wires, **settings)[0], 2]
+
+
 @st.composite
 def graphs(draw: Any) -> tuple[dict[str, Any], int]:
     """The nodes of a guided run on one step after the other, and the size of its batch."""
@@ -75,7 +104,7 @@ def graphs(draw: Any) -> tuple[dict[str, Any], int]:
     loss = draw_loss(draw, graph, depth=2)
     graph.nodes["loss"] = graph.nodes.pop(loss[0])
     name = draw(st.sampled_from(SAMPLERS))
-    method = draw(st.sampled_from(["DSG", "DPS", "DiffRGD", "TFG", "KSampler"] + ["Model"] * CARRIES_GUIDANCE))
+    method = draw(st.sampled_from(["DSG", "DPS", "DiffRGD", "TFG", "AMED", "KSampler"] + ["Model"] * CARRIES_GUIDANCE))
     cfg = draw(st.sampled_from((1.0, 3.0)))
     steps = {
         **STEPS,
@@ -91,16 +120,23 @@ def graphs(draw: Any) -> tuple[dict[str, Any], int]:
     if draw(st.booleans()):
         graph.nodes["lora"] = LORA
         model = ["lora", 0]
+    sigmas = node("BasicScheduler", model=["toy", 0], scheduler="normal", steps=3, denoise=1.0)
+    text = {"positive": ["text", 0], "negative": ["unused", 0]}
     scaling = {"schedule": "uniform", "b": 1.01, "k": 0.0, **PERCENTS}
+    if draw(st.sampled_from((False, False, True))):
+        scaling |= {"schedule": "measured", "epsilon_schedule": calibrated(graph, model, text, cfg)}
     if draw(st.booleans()):
         model = graph.add("SphereGuideEpsilonScalingModel", model=model, **scaling)
     sampler = ["plain", 0]
+    if method == "AMED":
+        predictor = graph.add("SphereGuideAMEDLoad", name="toy_portraits_ipndm_4.safetensors")
+        sampler = graph.add("SphereGuideAMEDSampler", predictor=predictor)
+        sigmas = node("SphereGuideAMEDScheduler", predictor=predictor, model=["toy", 0], points="base")
     if draw(st.booleans()):
         sampler = graph.add("SphereGuideEpsilonScaling", sampler=sampler, **scaling)
     if draw(st.booleans()) and method != "KSampler":
         sampler = graph.add("SphereGuideILVR", sampler=sampler, reference=["latent", 0], factor=2, **PERCENTS)
     recurrence = {"recurrence": draw(st.sampled_from((0, 2))), "recurrence_start": 0.0, "recurrence_end": 1.0}
-    text = {"positive": ["text", 0], "negative": ["unused", 0]}
     if method == "KSampler":
         run = {"seed": SEED, "steps": 3, "cfg": cfg, "sampler_name": name, "scheduler": "normal", "denoise": 1.0}
         wires = {"model": model, "latent_image": ["latent", 0], **text}
@@ -112,6 +148,8 @@ def graphs(draw: Any) -> tuple[dict[str, Any], int]:
             own = {"guidance_rate": 0.3, **recurrence}
         elif method == "DPS":
             own = {"step_size": 0.5}
+        elif method == "AMED":
+            own = {}
         elif method == "DiffRGD":
             own = {"step_size": 5.0, "iterations": draw(st.sampled_from((1, 2)))}
         else:
@@ -119,14 +157,14 @@ def graphs(draw: Any) -> tuple[dict[str, Any], int]:
             own |= {"sigma_bar": draw(st.sampled_from((0.0, 0.05))), "samples": 2}
         if method == "Model":
             model = graph.add("SphereGuideDSGModel", model=model, **steps, **own)
-        else:
+        elif method != "AMED":
             sampler = graph.add(f"SphereGuide{method}", sampler=sampler, **steps, **own)
         witness = graph.add("Witness", sampler=sampler)
         sample = custom(model=model, sampler=witness, cfg=cfg, negative=["unused", 0], noise_seed=SEED)
     return {
         **graph.nodes,
         "plain": node("KSamplerSelect", sampler_name=name),
-        "sigmas": node("BasicScheduler", model=["toy", 0], scheduler="normal", steps=3, denoise=1.0),
+        "sigmas": sigmas,
         "latent": empty(SIDE, batch),
         "sampler": node("KSamplerSelect", sampler_name=name),  # that of `prompts.guided`
         "sample": sample,
