@@ -41,7 +41,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from judged import features_of, real_features  # noqa: E402
 from processes import processes  # noqa: E402
-from result import Result  # noqa: E402
+from result import Result, save  # noqa: E402
 from sphereguide import host  # noqa: E402
 from sphereguide.demo import judge as judging  # noqa: E402
 from sphereguide.demo import portraits, toy_portraits, train_amed  # noqa: E402
@@ -356,7 +356,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set(title=title, xlabel="model calls", ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ import comfy.model_management  # noqa: E402
 import comfy.samplers  # noqa: E402
 import tiny_models  # noqa: E402
 import torch  # noqa: E402
-from result import Result  # noqa: E402
+from result import Result, save  # noqa: E402
 from sphereguide import host  # noqa: E402
 from sphereguide.losses.base import Loss  # noqa: E402
 from sphereguide.losses.measurement import SuperResolution  # noqa: E402
@@ -261,7 +261,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set(title=name, xlabel="time of a guided / an unguided step")
         axes.margins(x=0.15)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def main() -> None:

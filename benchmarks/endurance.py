@@ -146,6 +146,7 @@ def main() -> None:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
+    from result import save
 
     figure = Figure(figsize=(12, 3.6), dpi=110, layout="constrained")
     titles = {"rss_mb": "memory of the server, MB", "seconds": "seconds", "handles": "open handles"}
@@ -156,7 +157,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set(title=title, xlabel="prompt", ylim=(0, None))
         if name == "seconds":
             axes.legend(fontsize=6)
-    figure.savefig(path)
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from judged import features_of, real_features  # noqa: E402
 from processes import processes  # noqa: E402
-from result import Result  # noqa: E402
+from result import Result, save  # noqa: E402
 from sphereguide.demo import judge as judging  # noqa: E402
 from sphereguide.demo import portraits, toy_portraits  # noqa: E402
 from sphereguide.samplers.calibration import Calibration, calibrate  # noqa: E402
@@ -268,7 +268,6 @@ def verdicts(rows: list[dict[str, Any]]) -> None:
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """For each model and sampler the distance over b; then both curves of the calibration, without and with it."""
     from matplotlib.figure import Figure
-    from PIL import Image
 
     keys = list(dict.fromkeys((row["model"], row["sampler"]) for row in rows))
     size = (-(-(len(keys) + 2) // 3), 3)
@@ -298,8 +297,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set(title=f"{title}, {DETAILED[0][2]} steps", xlabel="sigma", xscale="log")
         axes.invert_xaxis()
         axes.legend(fontsize=7)
-    figure.savefig(path)
-    Image.open(path).quantize(64).save(path, optimize=True)
+    save(figure, path)
 
 
 def main() -> None:

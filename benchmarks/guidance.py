@@ -37,7 +37,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from judged import fast_vae, real_features  # noqa: E402
 from processes import processes  # noqa: E402
-from result import Result  # noqa: E402
+from result import Result, interval, save  # noqa: E402
 from sphereguide import host  # noqa: E402
 from sphereguide.demo import judge as judging  # noqa: E402
 from sphereguide.demo import portraits, toy_portraits  # noqa: E402
@@ -207,17 +207,9 @@ def drawn(pool: Any, task: str | None, method: str, strength: float, steps: int,
     return torch.cat([job.result() for job in jobs])
 
 
-def bootstrap(values: np.ndarray, draws: int = 2000) -> tuple[float, float]:
-    rng = np.random.default_rng(0)
-    means = values[rng.integers(len(values), size=(draws, len(values)))].mean(1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return round(float(low), 4), round(float(high), 4)
-
-
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """What is achieved over what it costs, a line a method, along its strengths."""
     from matplotlib.figure import Figure
-    from PIL import Image
 
     names = list(dict.fromkeys(row["task"] for row in rows))
     figure = Figure(figsize=(4 * len(names), 3.6), dpi=80, layout="constrained")
@@ -234,8 +226,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set(title=f"{task}: {SUCCESS[task]}", xlabel="Fréchet distance")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    figure.savefig(path)
-    Image.open(path).quantize(64).save(path, optimize=True)
+    save(figure, path)
 
 
 SUCCESS = {"text": "attributes found", "segmentation": "mIoU", "style": "Gram distance", "face": "verified, FAR 1 %"}
@@ -298,7 +289,7 @@ def measured(cell: dict[str, Any], made: Tensor, seeds: list[int], real: Tensor)
         "ssim": None,
         "frechet": round(judging.frechet(verdict.features, real), 4),
         "success": round(float(success.mean()), 4),
-        "interval": bootstrap(success),
+        "interval": interval(success),
         "n": len(seeds),
     }
 

@@ -43,7 +43,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from judged import fast_vae, real_features  # noqa: E402
 from processes import processes  # noqa: E402
-from result import Result  # noqa: E402
+from result import Result, interval, save  # noqa: E402
 from shell import Shell  # noqa: E402
 from skimage.metrics import structural_similarity  # noqa: E402
 from sphereguide import host  # noqa: E402
@@ -236,14 +236,6 @@ def similarity(a: Tensor, b: Tensor) -> float:
     return float(structural_similarity(a.numpy(), b.numpy(), channel_axis=0, data_range=1.0, **options))
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """95 %, of the mean."""
-    rng = np.random.default_rng(0)
-    means = values[rng.integers(len(values), size=(2000, len(values)))].mean(1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return round(float(low), 3), round(float(high), 3)
-
-
 class Bench:
     def __init__(self, result: Result, pool: Any, count: int, tuned_on: int = 4, tries: int = 5) -> None:
         self.result, self.pool, self.count, self.tuned_on, self.tries = result, pool, count, tuned_on, tries
@@ -366,7 +358,6 @@ class Bench:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
-    from PIL import Image
 
     figure = Figure(figsize=(12, 6.4), dpi=80, layout="constrained")
     names = ["unguided", *METHODS]
@@ -410,8 +401,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         title="all tasks, tuned", xlabel="share of steps off the shell", ylabel="Fréchet distance", ylim=(0, None)
     )
     figure.suptitle("solid: tuned; dashed: published settings; bands: 95 %", fontsize=9)
-    figure.savefig(path)
-    Image.open(path).quantize(64).save(path, optimize=True)
+    save(figure, path)
 
 
 def main() -> None:

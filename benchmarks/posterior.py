@@ -39,7 +39,7 @@ import gaussian_mixture  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from processes import processes  # noqa: E402
-from result import Result  # noqa: E402
+from result import Result, save  # noqa: E402
 from shell import Shell  # noqa: E402
 from sphereguide.losses.base import Loss  # noqa: E402
 from sphereguide.samplers.diffrgd import Riemannian, riemannian_guided  # noqa: E402
@@ -253,7 +253,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             axes.set(title=f"{task}: {title}", xscale="log", xlabel="dimensions", xticks=[*SHAPES], ylim=(0, None))
             axes.set_xticks([*SHAPES], [str(dim) for dim in SHAPES])
     figure.suptitle(f"solid {STEPS[0]} steps, dashed {STEPS[1]}", fontsize=9)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def main() -> None:
