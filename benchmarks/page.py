@@ -192,6 +192,30 @@ def cost(result: dict[str, Any]) -> Iterator[str]:
     yield table(columns, rows)
 
 
+def endurance(result: dict[str, Any]) -> Iterator[str]:
+    """Whether a server stays as it is under one guided prompt after the other"""
+    titles = {
+        "rss_mb": "memory, MB",
+        "relative_seconds": "time, of the workflow's median",
+        "handles": "open handles",
+        "threads": "threads",
+    }
+    rows = [
+        (
+            titles[row["slope"]],
+            f"{row['mean']:.4g}",
+            f"{100 * row['value']:+.3g} [{100 * row['low']:+.3g}, {100 * row['high']:+.3g}]",
+            str(row["n"]),
+        )
+        for row in result["rows"]
+        if "slope" in row
+    ]
+    count, kinds = (len({row[name] for row in result["rows"] if name in row}) for name in ("prompt", "workflow"))
+    yield f"{count} prompts of {kinds} workflows in turn. The first fifth, in which caches fill, is left out; a slope "
+    yield "is noise where its interval holds 0.\n\n"
+    yield table(("of the server", "mean", "what 100 prompts add, 95 %", "n"), rows)
+
+
 SECTIONS: tuple[tuple[Callable[[dict[str, Any]], Iterator[str]], str], ...] = (
     (demo, "demo"),
     (guidance, "bench guidance"),
@@ -200,6 +224,7 @@ SECTIONS: tuple[tuple[Callable[[dict[str, Any]], Iterator[str]], str], ...] = (
     (epsilon_scaling, "bench epsilon_scaling"),
     (amed, "bench amed"),
     (cost, "bench cost"),
+    (endurance, "bench endurance"),
 )
 
 
