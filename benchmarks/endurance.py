@@ -2,11 +2,12 @@
 
     python quickstart.py bench endurance [--quick] [--prompts N] [--json FILE]
 
-One ComfyUI runs N guided prompts (500; 20 with --quick), of several methods in turn, each with a seed of its own. A row
-a prompt: `workflow`, `seconds`, and of the server's process after it `rss_mb`, `handles` (open files and sockets) and
-`threads`. Then a row a `slope`: what a prompt adds, by least squares over all but the first fifth, in which caches
-fill, with the 95 % interval of a bootstrap over rounds of all workflows. Seconds count relative to the median of their
-workflow. A slope is noise where its interval holds 0; 20 prompts are too few to tell.
+One ComfyUI runs N guided prompts (500; 20 with --quick), of several methods in turn, each with a seed of its own. Its
+history, in which it keeps 10 000 prompts, is cleared after each: it grows by some 10 kB a prompt. A row a prompt:
+`workflow`, `seconds`, and of the server's process after it `rss_mb`, `handles` (open files and sockets) and `threads`.
+Then a row a `slope`: what a prompt adds, by least squares over all but the first fifth, in which caches fill, with the
+95 % interval of a bootstrap over rounds of all workflows. Seconds count relative to the median of their workflow. A
+slope is noise where its interval holds 0; 20 prompts are too few to tell.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ def endured(server: ComfyServer, queue: Iterator[tuple[str, dict[str, Any]]]) ->
     process = psutil.Process(server.process.pid)
     for i, (name, prompt) in enumerate(queue):
         seconds = server.run(prompt).seconds
+        server.post("/history", {"clear": True})
         yield {"prompt": i, "workflow": name, "seconds": round(seconds, 4), **measured(process)}
 
 
