@@ -18,13 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .students import ORDERS, Choice
+from .students import MOST_PARALLEL, ORDERS, PARALLEL, Choice, classical
 
 __all__ = [
     "BOTTLENECK",
     "AMEDPredictor",
     "AMEDSettings",
     "PredictorNetwork",
+    "PredictorTable",
     "fingerprint",
     "load",
     "read",
@@ -75,6 +76,34 @@ class PredictorNetwork(nn.Module):
         return torch.cat([phases.sin(), phases.cos()], 1)
 
 
+class PredictorTable(nn.Module):
+    """K of each number, and their weights, for each interval (arXiv 2507.14797): 4·K numbers, the same for all samples.
+
+        r_k = sigmoid(·),    scale_k = 2s·sigmoid(·) + 1 − s,    λ = softmax(·)
+
+    It begins as the classical solver: the authors begin with random numbers, of which some come to lie together.
+    """
+
+    GAIN = 10.0
+    """On the numbers: a step of Adam has its learning rate as length, and 0.02, that of a network, is 0.2 here."""
+
+    def __init__(self, sigmas: tuple[float, ...], parallel: int, scale_dir: float, scale_time: float) -> None:
+        super().__init__()
+        self.sigmas, self.scale_dir, self.scale_time = sigmas, scale_dir, scale_time
+        start = classical(torch.empty(len(sigmas) - 1), parallel).r.logit() / self.GAIN
+        names = ("r", "dir", "time", "weight")
+        self.table = nn.ParameterDict(
+            {name: nn.Parameter(start.clone() if name == "r" else torch.zeros_like(start)) for name in names}
+        )
+
+    def forward(self, features: Tensor, t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For times `[B]`: four of `[B, K]`, those of the interval that begins nearest to t."""
+        row = (t[:, None].log() - t.new_tensor(self.sigmas[:-1]).log()).abs().argmin(1)
+        r, direction, time, weight = (self.GAIN * values[row] for values in self.table.values())
+        scales = ((self.scale_dir, direction), (self.scale_time, time))
+        return r.sigmoid(), *(2 * s * v.sigmoid() + 1 - s for s, v in scales), weight.softmax(1)
+
+
 @dataclass(frozen=True)
 class AMEDSettings:
     """What a predictor was trained for, and how: all that sampling needs.
@@ -87,6 +116,7 @@ class AMEDSettings:
     teacher, teacher_points   its solver, and the points that it has between two of the student's
     cfg          of the training
     model_hash   `fingerprint` of the model; empty for unknown
+    parallel     directions in an interval, 1 to 4, of the students that have several; 0 of the others
     midpoints    the mean t_mid of each interval, along trajectories that training did not see
     error, student_error   mean RMSE of a sample to the teacher's there, and that of the student alone
     trajectories, seconds   how many it was trained on, and how long
@@ -104,6 +134,7 @@ class AMEDSettings:
     teacher_points: int = 1
     cfg: float = 1.0
     model_hash: str = ""
+    parallel: int = 0
     midpoints: tuple[float, ...] = field(default=(), compare=False)
     error: float = field(default=math.nan, compare=False)
     student_error: float = field(default=math.nan, compare=False)
@@ -119,6 +150,9 @@ class AMEDSettings:
             raise ValueError(f"there is no student '{self.student}'; there are {', '.join(ORDERS)}")
         if not 1 <= self.max_order <= ORDERS[self.student]:
             raise ValueError(f"the order of {self.student} is 1 to {ORDERS[self.student]}, and not {self.max_order}")
+        if not (1 <= self.parallel <= MOST_PARALLEL if self.student in PARALLEL else self.parallel == 0):
+            least, most = (1, MOST_PARALLEL) if self.student in PARALLEL else (0, 0)
+            raise ValueError(f"{self.student} has {least} to {most} parallel directions, and not {self.parallel}")
         falling = all(b < a for a, b in itertools.pairwise(self.sigmas))
         if len(self.sigmas) < 2 or not falling or self.sigmas[-1] <= 0 or not math.isfinite(self.sigmas[0]):
             raise ValueError(f"the sigmas {self.sigmas} do not fall to a last one above 0")
@@ -138,26 +172,37 @@ class AMEDSettings:
 
     @property
     def nfe(self) -> int:
-        """Model calls; CFG doubles each."""
-        return 2 * self.steps - self.afs
+        """Model calls; CFG doubles each. Parallel ones count as what they cost."""
+        return self.calls * self.steps - self.afs
+
+    @property
+    def calls(self) -> int:
+        """Model calls in an interval."""
+        return 1 + (self.parallel or 1)
 
 
 @dataclass(frozen=True, eq=False)
 class AMEDPredictor:
-    """The content of an AMED_PREDICTOR socket: a network, on the CPU and frozen, and what it is for."""
+    """The content of an AMED_PREDICTOR socket: a network or table, on the CPU and frozen, and what it is for."""
 
-    network: PredictorNetwork
+    network: PredictorNetwork | PredictorTable
     settings: AMEDSettings
 
     @classmethod
     def untrained(cls, settings: AMEDSettings, seed: int = 0) -> AMEDPredictor:
         with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(PredictorNetwork(settings.scale_dir, settings.scale_time).requires_grad_(False), settings)
+            scales = (settings.scale_dir, settings.scale_time)
+            network: PredictorNetwork | PredictorTable = (
+                PredictorTable(settings.sigmas, settings.parallel, *scales)
+                if settings.parallel
+                else PredictorNetwork(*scales)
+            )
+            return cls(network.requires_grad_(False), settings)
 
     def __call__(self, features: Tensor, t: Tensor, t_next: Tensor) -> Choice:
         """The choice for features `[B, 64]` and times `[B]`, on the device of the times."""
-        device = self.network.time.weight.device
+        device = next(self.network.parameters()).device
         chosen = self.network(features.to(device), t.to(device), t_next.to(device))
         return Choice(*(value.to(t.device) for value in chosen))
 
