@@ -90,16 +90,14 @@ class PredictorTable(nn.Module):
     def __init__(self, sigmas: tuple[float, ...], parallel: int, scale_dir: float, scale_time: float) -> None:
         super().__init__()
         self.sigmas, self.scale_dir, self.scale_time = sigmas, scale_dir, scale_time
-        start = classical(torch.empty(len(sigmas) - 1), parallel).r.logit() / self.GAIN
-        names = ("r", "dir", "time", "weight")
-        self.table = nn.ParameterDict(
-            {name: nn.Parameter(start.clone() if name == "r" else torch.zeros_like(start)) for name in names}
-        )
+        numbers = torch.zeros(4, len(sigmas) - 1, parallel)
+        numbers[0] = classical(numbers[0], parallel).r.logit() / self.GAIN
+        self.table = nn.Parameter(numbers)
 
     def forward(self, features: Tensor, t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """For times `[B]`: four of `[B, K]`, those of the interval that begins nearest to t."""
         row = (t[:, None].log() - t.new_tensor(self.sigmas[:-1]).log()).abs().argmin(1)
-        r, direction, time, weight = (self.GAIN * values[row] for values in self.table.values())
+        r, direction, time, weight = self.GAIN * self.table[:, row]
         scales = ((self.scale_dir, direction), (self.scale_time, time))
         return r.sigmoid(), *(2 * s * v.sigmoid() + 1 - s for s, v in scales), weight.softmax(1)
 
@@ -210,7 +208,8 @@ class AMEDPredictor:
         """One line for a person."""
         s = self.settings
         error = f", error {s.error:.3g} ({s.ratio:.0%} of {s.student}'s own)" if math.isfinite(s.ratio) else ""
-        return f"{s.student}, {s.nfe} model calls, cfg {s.cfg:g}, {s.trajectories} trajectories{error}"
+        directions = f" of {s.parallel}" if s.parallel else ""
+        return f"{s.student}{directions}, {s.nfe} model calls, cfg {s.cfg:g}, {s.trajectories} trajectories{error}"
 
 
 def save(predictor: AMEDPredictor, path: Path) -> None:
