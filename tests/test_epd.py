@@ -255,7 +255,7 @@ def test_it_looks_at_no_bottleneck(caplog: Any) -> None:
     conds = (tiny_models.conditioning(), tiny_models.conditioning(seed=2))
     with caplog.at_level(logging.WARNING, "sphereguide"):
         found = sample(unet, amed_sampler(predictor), base_sigmas(predictor), 2, 3.0, lambda: conds, (4, 16, 16))
-    assert not caplog.records and found.isfinite().all()
+    assert "pieces" not in caplog.text and found.isfinite().all()
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,9 @@ A teacher with `teacher_points` more points in each interval gives the state at 
     endpoint     One step of Adam on how far the last state is off, through all of the student's model calls. What is
                  best for one time point is not for those that follow, least where directions are remembered.
 
+EPD's authors (arXiv 2507.14797) too go through all calls where their time points are few, by what Inception sees in the
+image; at each point their students go on from their own state, and so do they here.
+
 The last state is taken on to sigma 0, where ComfyUI's samplers end: the teacher's with a model call, the student's
 along its last direction.
 """
