@@ -133,7 +133,7 @@ class AMEDTrain:
                         "default": 4,
                         "min": 1,
                         "max": 4,
-                        "tooltip": "How many directions ipndm (up to 4) and dpmpp (up to 3) look back at.",
+                        "tooltip": "How many directions ipndm, epd_ipndm (up to 4) and dpmpp (up to 3) look back at.",
                     },
                 ),
                 "scale_dir": (

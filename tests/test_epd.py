@@ -285,14 +285,14 @@ def test_files_of_before_still_load() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"parallel": 0}, "epd has 1 to 4 parallel directions, and not 0"),
-        ({"parallel": -1}, "epd has 1 to 4 parallel directions, and not -1"),
-        ({"parallel": 5}, "and not 5"),
-        ({"parallel": 10**30}, "and not 10"),
+        ({"parallel": 0}, "parallel is 0, and for epd must be from 1 to 4"),
+        ({"parallel": -1}, "parallel is -1"),
+        ({"parallel": 5}, "parallel is 5"),
+        ({"parallel": 10**30}, "parallel is 10{30}, and for epd"),
         ({"parallel": math.inf}, "infinity"),
         ({"parallel": "two"}, "invalid literal"),
         ({"parallel": None}, "NoneType"),
-        ({"student": "ipndm"}, "ipndm has 0 to 0 parallel directions, and not 2"),
+        ({"student": "ipndm"}, "parallel is 2, and for ipndm must be from 0 to 0"),
         ({"student": "ipndm", "parallel": 0}, "Missing key"),  # a table for a network
         ({"parallel": 3}, "size mismatch"),
         ({"sigmas": [9.0, 3.0, 1.0]}, "size mismatch"),

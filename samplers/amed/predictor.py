@@ -148,9 +148,9 @@ class AMEDSettings:
             raise ValueError(f"there is no student '{self.student}'; there are {', '.join(ORDERS)}")
         if not 1 <= self.max_order <= ORDERS[self.student]:
             raise ValueError(f"the order of {self.student} is 1 to {ORDERS[self.student]}, and not {self.max_order}")
-        if not (1 <= self.parallel <= MOST_PARALLEL if self.student in PARALLEL else self.parallel == 0):
-            least, most = (1, MOST_PARALLEL) if self.student in PARALLEL else (0, 0)
-            raise ValueError(f"{self.student} has {least} to {most} parallel directions, and not {self.parallel}")
+        least, most = (1, MOST_PARALLEL) if self.student in PARALLEL else (0, 0)
+        if not least <= self.parallel <= most:
+            raise ValueError(f"parallel is {self.parallel}, and for {self.student} must be from {least} to {most}")
         falling = all(b < a for a, b in itertools.pairwise(self.sigmas))
         if len(self.sigmas) < 2 or not falling or self.sigmas[-1] <= 0 or not math.isfinite(self.sigmas[0]):
             raise ValueError(f"the sigmas {self.sigmas} do not fall to a last one above 0")
