@@ -346,6 +346,27 @@ def test_a_trained_table_is_nearer_to_the_true_ode(kind: str, student: str) -> N
     assert ((r > 0) & (r < 1)).all() and (weight > 0).all()
 
 
+@pytest.mark.parametrize("kind", ["EPS", "FLOW"])
+def test_students_of_six_model_calls(kind: str) -> None:
+    """What the help page says of them: counted as what they cost, steps are worth more than directions in a step."""
+    model = gaussian_mixture.patcher(kind)
+    students = {
+        "amed": settings(model, "amed", points=7, scale_dir=0.1, scale_time=0.2),
+        "ipndm": settings(model, "ipndm", points=7, scale_dir=0.1, scale_time=0.2),
+        "one": of(model, parallel=1, points=7),
+        "two": of(model, parallel=2, steps=2, points=7),
+    }
+    assert {chosen.nfe for chosen in students.values()} == {6}
+    plan = {"trajectories": 1536, "batch_size": 32, "learning_rate": 0.02}
+    found = errors(model, *(trained(model, chosen, **plan)[0] for chosen in students.values()))
+    error = dict(zip(students, found, strict=True))
+    assert error["one"] < 1.3 * error["amed"], error
+    if kind == "EPS":
+        assert error["ipndm"] < 0.4 * min(error["one"], error["two"]), error
+    else:
+        assert error["one"] < 0.8 * min(error["amed"], error["two"]), error
+
+
 def test_each_point_is_learnt_too(model: Any) -> None:
     chosen = of(model, points=7)
     _, history = trained(model, chosen, trajectories=1024, batch_size=32, objective="each point")

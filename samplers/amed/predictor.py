@@ -81,7 +81,8 @@ class PredictorTable(nn.Module):
 
         r_k = sigmoid(·),    scale_k = 2s·sigmoid(·) + 1 − s,    λ = softmax(·)
 
-    It begins as the classical solver: the authors begin with random numbers, of which some come to lie together.
+    It begins as the classical solver, so that a training comes out no further off than that; the authors begin with
+    random numbers.
     """
 
     GAIN = 10.0
