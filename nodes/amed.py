@@ -312,7 +312,7 @@ class AMEDTrain:
 
 
 class AMEDSave:
-    DESCRIPTION = "Saves a trained predictor, with all of its settings, under models/amed. Some 40 KB."
+    DESCRIPTION = "Saves a trained predictor, with all of its settings, under models/amed. 40 KB or less."
     CATEGORY = "SphereGuide/amed"
     FUNCTION = "save"
     OUTPUT_NODE = True

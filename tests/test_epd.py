@@ -348,7 +348,7 @@ def test_a_trained_table_is_nearer_to_the_true_ode(kind: str, student: str) -> N
 
 @pytest.mark.parametrize("kind", ["EPS", "FLOW"])
 def test_students_of_six_model_calls(kind: str) -> None:
-    """What the help page says of them: counted as what they cost, steps are worth more than directions in a step."""
+    """What the help page says of them. Parallel calls count as what they cost."""
     model = gaussian_mixture.patcher(kind)
     students = {
         "amed": settings(model, "amed", points=7, scale_dir=0.1, scale_time=0.2),
