@@ -379,7 +379,7 @@ def main() -> None:
     with processes() as pool:
         bench = Bench(result, pool, kept, options)
         real = real_features(portraits.TEST_SEEDS[SAMPLES : SAMPLES + REFERENCES])
-        compared = [Cell(name, "polynomial", True, nfe, (nfe + 1) // 2) for name, nfe in learned]
+        compared = [Cell(name, "polynomial", True, nfe, train_amed.recipe(name, nfe)["steps"]) for name, nfe in learned]
         for nfe in calls_of:
             cells = [cell for cell in compared if (cell.solver, cell.nfe) == ("ipndm", nfe)]
             cells.append(Cell(ALONE, "polynomial", False, nfe, nfe))

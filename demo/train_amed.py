@@ -2,7 +2,8 @@
 
     python -m demo.train_amed [STUDENT_NFE …] [--out DIR]      ipndm_4 ipndm_6 ipndm_8 ipndm_5
 
-An odd number of model calls is one with AFS. Runs resume. cfg is 1, and each trajectory has a caption of its own.
+A number of model calls that is one short of whole steps is one with AFS. Runs resume. cfg is 1, and each trajectory has
+a caption of its own.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from sphereguide import host
 from sphereguide.demo import portraits, toy_portraits
 from sphereguide.samplers.amed import predictor as files
+from sphereguide.samplers.amed.students import PARALLEL
 from sphereguide.samplers.amed.training import Plan, Progress, settings_for, train
 
 FOLDER = toy_portraits.WEIGHTS / "amed"
@@ -39,7 +41,8 @@ LONG = 8
 
 def recipe(student: str, nfe: int) -> dict[str, Any]:
     """What `settings_for` takes."""
-    steps = (nfe + 1) // 2
+    calls = 3 if student in PARALLEL else 2
+    steps = -(-nfe // calls)
     teacher_steps = 32 if nfe >= LONG else 15  # about as many in all
     return {
         "teacher": "ipndm",
@@ -48,7 +51,8 @@ def recipe(student: str, nfe: int) -> dict[str, Any]:
         "steps": steps,
         "schedule": "polynomial",
         "rho": 7.0,
-        "afs": nfe % 2 == 1,
+        "afs": nfe % calls == calls - 1,
+        "parallel": 2,
         "max_order": 4,
         "scale_dir": 0.1,
         "scale_time": 0.3,

@@ -20,7 +20,7 @@ from ..samplers.amed import predictor as files
 from ..samplers.amed.predictor import AMEDPredictor, AMEDSettings
 from ..samplers.amed.sampling import amed_sampler, base_sigmas, expanded_sigmas, mismatches, probed_midpoints
 from ..samplers.amed.schedules import SCHEDULES
-from ..samplers.amed.students import STUDENTS
+from ..samplers.amed.students import MOST_PARALLEL, STUDENTS
 from ..samplers.amed.training import OBJECTIVES, PUBLISHED, TEACHERS, History, Plan, Progress, settings_for, train
 from .figure import drawn, new_figure
 
@@ -40,7 +40,8 @@ class AMEDTrain:
     DESCRIPTION = (
         "Teaches a small network where a few-step sampler should ask this model, so that it comes out where a sampler "
         "of many steps does: 4 to 8 model calls in place of 20 to 50. Once for a model, a cfg and a number of steps; "
-        "minutes. AMED-Solver and AMED-Plugin, Zhou et al., CVPR 2024, arXiv 2312.00094."
+        "minutes. AMED-Solver and AMED-Plugin, Zhou et al., CVPR 2024, arXiv 2312.00094; EPD-Solver, Zhu et al., ICCV "
+        "2025, arXiv 2507.14797."
     )
     CATEGORY = "SphereGuide/amed"
     FUNCTION = "train"
@@ -80,7 +81,8 @@ class AMEDTrain:
                         "default": "ipndm",
                         "tooltip": (
                             "The solver that is helped. ipndm is the best in the paper and here. amed is AMED-Solver; "
-                            "the others are AMED-Plugin on Euler, DPM-Solver-2, iPNDM and DPM-Solver++."
+                            "euler to dpmpp are AMED-Plugin on Euler, DPM-Solver-2, iPNDM and DPM-Solver++; epd and "
+                            "epd_ipndm are EPD-Solver and its plugin, with the same table for all pictures."
                         ),
                     },
                 ),
@@ -90,7 +92,10 @@ class AMEDTrain:
                         "default": 3,
                         "min": 1,
                         "max": 20,
-                        "tooltip": "Each takes two model calls: 2 to 4 steps are 4 to 8. One call less with afs.",
+                        "tooltip": (
+                            "Each takes two model calls: 2 to 4 steps are 4 to 8. Of epd each takes one more than "
+                            "parallel says. One call less with afs."
+                        ),
                     },
                 ),
                 "schedule": (
@@ -128,7 +133,7 @@ class AMEDTrain:
                         "default": 4,
                         "min": 1,
                         "max": 4,
-                        "tooltip": "How many directions ipndm (up to 4) and dpmpp (up to 3) look back at.",
+                        "tooltip": "How many directions ipndm, epd_ipndm (up to 4) and dpmpp (up to 3) look back at.",
                     },
                 ),
                 "scale_dir": (
@@ -237,7 +242,22 @@ class AMEDTrain:
                     "BOOLEAN",
                     {"default": False, "tooltip": "Needs less memory, and takes longer."},
                 ),
-            }
+            },
+            # Optional, so that workflows from before it existed still run; its widget comes last for the same reason.
+            "optional": {
+                "parallel": (
+                    "INT",
+                    {
+                        "default": 2,
+                        "min": 1,
+                        "max": MOST_PARALLEL,
+                        "tooltip": (
+                            "For epd and epd_ipndm: how many directions each step takes the mean of, each with a model "
+                            "call of its own. 2 in the paper."
+                        ),
+                    },
+                )
+            },
         }
 
     def train(
@@ -259,6 +279,7 @@ class AMEDTrain:
         teacher_points: int,
         name: str,
         training_seed: int,
+        parallel: int = 2,
         **plan: Any,
     ) -> dict[str, Any]:
         title = "Train AMED Predictor"
@@ -277,6 +298,7 @@ class AMEDTrain:
             max_order=max_order,
             scale_dir=scale_dir,
             scale_time=scale_time,
+            parallel=parallel,
         )
         guider = comfy.samplers.CFGGuider(model)
         guider.set_cfg(cfg)
@@ -290,7 +312,7 @@ class AMEDTrain:
 
 
 class AMEDSave:
-    DESCRIPTION = "Saves a trained predictor, with all of its settings, under models/amed. Some 40 KB."
+    DESCRIPTION = "Saves a trained predictor, with all of its settings, under models/amed. 40 KB or less."
     CATEGORY = "SphereGuide/amed"
     FUNCTION = "save"
     OUTPUT_NODE = True
@@ -367,7 +389,7 @@ class AMEDScheduler:
                 ),
                 "points": (
                     list(POINTS),
-                    {"tooltip": "base: for AMED Sampler, two model calls a step. expanded: for stock samplers."},
+                    {"tooltip": "base: for AMED Sampler. expanded: for stock samplers, one model call a step."},
                 ),
             },
             "optional": {
@@ -425,9 +447,10 @@ class AMEDScheduler:
 
 class AMEDSampler:
     DESCRIPTION = (
-        "Samples with a predictor: two model calls a step, at times that it chooses for each picture. For the sigmas "
-        "of AMED Scheduler (base); steps of other sigmas are made without the predictor, and the log says so. "
-        "AMED, Zhou et al., CVPR 2024, arXiv 2312.00094."
+        "Samples with a predictor: two model calls a step, at times that it chooses for each picture; of epd more, and "
+        "the same for all. For the sigmas of AMED Scheduler (base); steps of other sigmas are made without the "
+        "predictor, and the log says so. AMED, Zhou et al., CVPR 2024, arXiv 2312.00094; EPD-Solver, Zhu et al., ICCV "
+        "2025, arXiv 2507.14797."
     )
     CATEGORY = "SphereGuide/amed"
     FUNCTION = "sampler"

@@ -33,7 +33,15 @@ from sphereguide.samplers.amed.bottleneck import watched
 from sphereguide.samplers.amed.predictor import AMEDPredictor, AMEDSettings, PredictorNetwork, fingerprint
 from sphereguide.samplers.amed.sampling import amed_sampler, base_sigmas, expanded_sigmas, intervals, mismatches
 from sphereguide.samplers.amed.schedules import SCHEDULES, time_points
-from sphereguide.samplers.amed.students import ORDERS, STUDENTS, AdamsBashforth, Choice, DPMSolverPP, Student
+from sphereguide.samplers.amed.students import (
+    ORDERS,
+    PARALLEL,
+    STUDENTS,
+    AdamsBashforth,
+    Choice,
+    DPMSolverPP,
+    Student,
+)
 from sphereguide.samplers.amed.training import History, Plan, Progress, settings_for, train
 from sphereguide.samplers.epsilon import EpsilonScaling, linear, uniform, with_post_cfg
 from sphereguide.samplers.kernel import noise_of
@@ -47,6 +55,7 @@ except ImportError:  # PyPI's package of 2024
 
 SHAPE = gaussian_mixture.SHAPE
 KINDS = ("EPS", "V_PREDICTION", "FLOW")
+OF_ONE = [student for student in STUDENTS if student not in PARALLEL]  # the others: test_epd.py
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +258,7 @@ def test_samples_of_a_batch_take_their_own_times(model: Any) -> None:
         def forward(self, features: Tensor, t: Tensor, t_next: Tensor) -> tuple[Tensor, ...]:
             return torch.linspace(0.2, 0.8, len(t)), torch.ones_like(t), torch.ones_like(t)
 
-    for student in STUDENTS:
+    for student in OF_ONE:
         chosen = settings(model, student)
         with torch.inference_mode(False):
             together = sample(model, amed_sampler(AMEDPredictor(Each(), chosen)), base_sigmas(fixed(chosen)))
@@ -327,7 +336,7 @@ def test_schedules_that_can_not_be_are_refused(model: Any) -> None:
 # -- the sampler -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("student", OF_ONE)
 @pytest.mark.parametrize("afs", [False, True])
 def test_it_makes_as_many_model_calls_as_it_says(model: Any, student: str, afs: bool) -> None:
     chosen = settings(model, student, afs=afs)
@@ -375,7 +384,7 @@ def test_the_last_time_point_leads_to_0_without_a_model_call(model: Any) -> None
     assert 0 < difference < 10 * chosen.sigmas[-1]
 
 
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("student", OF_ONE)
 def test_a_part_of_its_schedule_is_sampled_as_the_predictor_learnt_it(model: Any, student: str, caplog: Any) -> None:
     chosen = settings(model, student)
     learnt, sigmas = fixed(chosen, 0.3), base_sigmas(fixed(chosen))
@@ -431,7 +440,7 @@ def test_a_schedule_without_a_step_leaves_the_latent_alone(model: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["EPS", "FLOW"])
 @pytest.mark.parametrize("afs", [False, True])
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("student", OF_ONE)
 def test_a_mask_keeps_what_it_covers(kind: str, student: str, afs: bool) -> None:
     model = gaussian_mixture.patcher(kind)
     predictor = fixed(settings(model, student, afs=afs), 0.4, 1.1, 1.2)
@@ -725,7 +734,7 @@ def trained(
 
 
 @pytest.mark.parametrize("kind", ["EPS", "FLOW"])
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("student", OF_ONE)
 def test_a_trained_predictor_is_nearer_to_the_true_ode_than_its_student(kind: str, student: str) -> None:
     """On the mixture, whose denoiser is known in closed form, against 300 steps of Heun's method."""
     model = gaussian_mixture.patcher(kind)
@@ -1039,8 +1048,11 @@ def test_a_shell_takes_a_diffusion_model_and_its_text_encoders_from_files_of_the
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_learns_from_a_shell(tmp_path: Path) -> None:
+@pytest.mark.parametrize("student", ["ipndm", "epd"])
+def test_two_processes_learn_what_one_learns_from_a_shell(tmp_path: Path, student: str) -> None:
     arguments = (
+        "--student",
+        student,
         "--trajectories",
         "8",
         "--batch-size",

@@ -717,6 +717,9 @@ def test_predictors_with_any_settings(content: bytes) -> None:
         {"midpoints": [1e9] * 4},
         {"cfg": math.nan},
         {"max_order": 10**30},
+        {"parallel": 10**9},
+        {"student": "epd", "max_order": 1, "parallel": 10**9},
+        {"student": "epd", "max_order": 1, "parallel": 4},  # a network for a table
         {"trajectories": math.inf},
         {"scale_time": 1e9},
         {"student": "x" * 1000},

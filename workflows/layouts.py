@@ -648,6 +648,7 @@ def taught(
         "training_seed": 0,
         "name": called,
         "checkpointing": False,
+        "parallel": 2,
         **settings,
     }
     x = 1130 + wider

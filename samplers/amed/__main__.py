@@ -36,8 +36,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--negative", default="")
     parser.add_argument("--cfg", type=float, default=7.0)
     parser.add_argument("--size", type=int, nargs=2, default=(512, 512), metavar=("WIDTH", "HEIGHT"))
-    parser.add_argument("--student", default="ipndm", choices=("amed", "euler", "dpm2", "ipndm", "dpmpp"))
-    parser.add_argument("--steps", type=int, default=3, help="of two model calls each")
+    students = ("amed", "euler", "dpm2", "ipndm", "dpmpp", "epd", "epd_ipndm")
+    parser.add_argument("--student", default="ipndm", choices=students)
+    parser.add_argument("--parallel", type=int, default=2, help="directions in each step of epd and epd_ipndm, 1 to 4")
+    parser.add_argument("--steps", type=int, default=3, help="of two model calls each, and of 1 + --parallel with epd")
     schedules = ("polynomial", "logsnr", "time_uniform", "discrete")
     parser.add_argument("--schedule", default="polynomial", choices=schedules)
     parser.add_argument("--rho", type=float, default=0.0, help="0: the schedule's own")
@@ -110,7 +112,7 @@ def main() -> None:
 
     with torch.inference_mode():
         model, positive, negative, shape = load(options)
-        names = ("student", "steps", "schedule", "rho", "afs", "max_order", "scale_dir", "scale_time", "cfg")
+        names = "student", "parallel", "steps", "schedule", "rho", "afs", "max_order", "scale_dir", "scale_time", "cfg"
         settings = training.settings_for(
             model, options.teacher, options.teacher_points, **{name: getattr(options, name) for name in names}
         )

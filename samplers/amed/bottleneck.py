@@ -71,10 +71,11 @@ class Bottleneck:
 
 @contextlib.contextmanager
 def watched(
-    diffusion_model: nn.Module, model_options: dict[str, Any], prompts: Collection[str] = ("positive",)
+    diffusion_model: nn.Module | None, model_options: dict[str, Any], prompts: Collection[str] = ("positive",)
 ) -> Iterator[tuple[Bottleneck, dict[str, Any]]]:
     """Within the block, calls of the network with the yielded `model_options` leave their bottleneck.
 
+    diffusion_model   None for a predictor that looks at none
     prompts   what the guider calls its prompts: of others than positive and negative the first need not be the positive
     """
     bottleneck = Bottleneck()

@@ -18,13 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .students import ORDERS, Choice
+from .students import MOST_PARALLEL, ORDERS, PARALLEL, Choice, classical
 
 __all__ = [
     "BOTTLENECK",
     "AMEDPredictor",
     "AMEDSettings",
     "PredictorNetwork",
+    "PredictorTable",
     "fingerprint",
     "load",
     "read",
@@ -75,6 +76,33 @@ class PredictorNetwork(nn.Module):
         return torch.cat([phases.sin(), phases.cos()], 1)
 
 
+class PredictorTable(nn.Module):
+    """K of each number, and their weights, for each interval (arXiv 2507.14797): 4·K numbers, the same for all samples.
+
+        r_k = sigmoid(·),    scale_k = 2s·sigmoid(·) + 1 − s,    λ = softmax(·)
+
+    It begins as the classical solver, so that a training comes out no further off than that; the authors begin with
+    random numbers.
+    """
+
+    GAIN = 10.0
+    """On the numbers: a step of Adam has its learning rate as length, and 0.02, that of a network, is 0.2 here."""
+
+    def __init__(self, sigmas: tuple[float, ...], parallel: int, scale_dir: float, scale_time: float) -> None:
+        super().__init__()
+        self.sigmas, self.scale_dir, self.scale_time = sigmas, scale_dir, scale_time
+        numbers = torch.zeros(4, len(sigmas) - 1, parallel)
+        numbers[0] = classical(numbers[0], parallel).r.logit() / self.GAIN
+        self.table = nn.Parameter(numbers)
+
+    def forward(self, features: Tensor, t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For times `[B]`: four of `[B, K]`, those of the interval that begins nearest to t."""
+        row = (t[:, None].log() - t.new_tensor(self.sigmas[:-1]).log()).abs().argmin(1)
+        r, direction, time, weight = self.GAIN * self.table[:, row]
+        scales = ((self.scale_dir, direction), (self.scale_time, time))
+        return r.sigmoid(), *(2 * s * v.sigmoid() + 1 - s for s, v in scales), weight.softmax(1)
+
+
 @dataclass(frozen=True)
 class AMEDSettings:
     """What a predictor was trained for, and how: all that sampling needs.
@@ -87,6 +115,7 @@ class AMEDSettings:
     teacher, teacher_points   its solver, and the points that it has between two of the student's
     cfg          of the training
     model_hash   `fingerprint` of the model; empty for unknown
+    parallel     directions in an interval, 1 to 4, of the students that have several; 0 of the others
     midpoints    the mean t_mid of each interval, along trajectories that training did not see
     error, student_error   mean RMSE of a sample to the teacher's there, and that of the student alone
     trajectories, seconds   how many it was trained on, and how long
@@ -104,6 +133,7 @@ class AMEDSettings:
     teacher_points: int = 1
     cfg: float = 1.0
     model_hash: str = ""
+    parallel: int = 0
     midpoints: tuple[float, ...] = field(default=(), compare=False)
     error: float = field(default=math.nan, compare=False)
     student_error: float = field(default=math.nan, compare=False)
@@ -119,6 +149,9 @@ class AMEDSettings:
             raise ValueError(f"there is no student '{self.student}'; there are {', '.join(ORDERS)}")
         if not 1 <= self.max_order <= ORDERS[self.student]:
             raise ValueError(f"the order of {self.student} is 1 to {ORDERS[self.student]}, and not {self.max_order}")
+        least, most = (1, MOST_PARALLEL) if self.student in PARALLEL else (0, 0)
+        if not least <= self.parallel <= most:
+            raise ValueError(f"parallel is {self.parallel}, and for {self.student} must be from {least} to {most}")
         falling = all(b < a for a, b in itertools.pairwise(self.sigmas))
         if len(self.sigmas) < 2 or not falling or self.sigmas[-1] <= 0 or not math.isfinite(self.sigmas[0]):
             raise ValueError(f"the sigmas {self.sigmas} do not fall to a last one above 0")
@@ -138,26 +171,37 @@ class AMEDSettings:
 
     @property
     def nfe(self) -> int:
-        """Model calls; CFG doubles each."""
-        return 2 * self.steps - self.afs
+        """Model calls; CFG doubles each. Parallel ones count as what they cost."""
+        return self.calls * self.steps - self.afs
+
+    @property
+    def calls(self) -> int:
+        """Model calls in an interval."""
+        return 1 + (self.parallel or 1)
 
 
 @dataclass(frozen=True, eq=False)
 class AMEDPredictor:
-    """The content of an AMED_PREDICTOR socket: a network, on the CPU and frozen, and what it is for."""
+    """The content of an AMED_PREDICTOR socket: a network or table, on the CPU and frozen, and what it is for."""
 
-    network: PredictorNetwork
+    network: PredictorNetwork | PredictorTable
     settings: AMEDSettings
 
     @classmethod
     def untrained(cls, settings: AMEDSettings, seed: int = 0) -> AMEDPredictor:
         with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(PredictorNetwork(settings.scale_dir, settings.scale_time).requires_grad_(False), settings)
+            scales = (settings.scale_dir, settings.scale_time)
+            network: PredictorNetwork | PredictorTable = (
+                PredictorTable(settings.sigmas, settings.parallel, *scales)
+                if settings.parallel
+                else PredictorNetwork(*scales)
+            )
+            return cls(network.requires_grad_(False), settings)
 
     def __call__(self, features: Tensor, t: Tensor, t_next: Tensor) -> Choice:
         """The choice for features `[B, 64]` and times `[B]`, on the device of the times."""
-        device = self.network.time.weight.device
+        device = next(self.network.parameters()).device
         chosen = self.network(features.to(device), t.to(device), t_next.to(device))
         return Choice(*(value.to(t.device) for value in chosen))
 
@@ -165,7 +209,8 @@ class AMEDPredictor:
         """One line for a person."""
         s = self.settings
         error = f", error {s.error:.3g} ({s.ratio:.0%} of {s.student}'s own)" if math.isfinite(s.ratio) else ""
-        return f"{s.student}, {s.nfe} model calls, cfg {s.cfg:g}, {s.trajectories} trajectories{error}"
+        directions = f" of {s.parallel}" if s.parallel else ""
+        return f"{s.student}{directions}, {s.nfe} model calls, cfg {s.cfg:g}, {s.trajectories} trajectories{error}"
 
 
 def save(predictor: AMEDPredictor, path: Path) -> None:

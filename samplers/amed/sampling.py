@@ -151,7 +151,8 @@ def sampled(
         return x
     student = Student(settings.student, settings.max_order, len(steps), steps[-1].last)
     base_model, options = host.base_model(model), extra_args.get("model_options", {})
-    with watched(base_model.diffusion_model, options, host.guider(model).conds) as (bottleneck, options):
+    seen = None if settings.parallel else base_model.diffusion_model
+    with watched(seen, options, host.guider(model).conds) as (bottleneck, options):
         ask = functools.partial(model, **{**extra_args, "model_options": options})
         for i, step in enumerate(steps):
             t, t_next = (x.new_full((len(x),), value, dtype=torch.float32) for value in (step.t, step.t_next))
@@ -161,7 +162,7 @@ def sampled(
             if afs and mask is not None:  # what ComfyUI does to a model's answer
                 kept = next(link.latent_image for link in host.chain(model) if "latent_image" in vars(link))
                 denoised = denoised * mask + kept * (1 - mask)
-            choice = choose(features, t, t_next) if step.known else classical(x)
+            choice = choose(features, t, t_next) if step.known else classical(x, settings.parallel)
             each(i, x, denoised)
             x, d_mid = student.advance(x, t, t_next, choice, denoised, ask, mask)
             if step.last:

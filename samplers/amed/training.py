@@ -8,6 +8,9 @@ A teacher with `teacher_points` more points in each interval gives the state at 
     endpoint     One step of Adam on how far the last state is off, through all of the student's model calls. What is
                  best for one time point is not for those that follow, least where directions are remembered.
 
+EPD's authors (arXiv 2507.14797) too go through all calls where their time points are few, by what Inception sees in the
+image; at each point their students go on from their own state, and so do they here.
+
 The last state is taken on to sigma 0, where ComfyUI's samplers end: the teacher's with a model call, the student's
 along its last direction.
 """
@@ -37,7 +40,7 @@ from .bottleneck import watched
 from .predictor import DELETE, AMEDPredictor, AMEDSettings, fingerprint, load, read, write
 from .sampling import base_sigmas, intervals, look, sampled
 from .schedules import RHO, time_points
-from .students import ORDERS, AdamsBashforth, Choice, DPMSolverPP, Solver, Student, classical, heun
+from .students import ORDERS, PARALLEL, AdamsBashforth, Choice, DPMSolverPP, Solver, Student, classical, heun
 
 __all__ = [
     "OBJECTIVES",
@@ -57,7 +60,8 @@ TITLE = "Train AMED Predictor"
 REMEDY = "Train with a workflow that has none of it."
 TEACHERS = ("heun", "ipndm", "dpmpp")
 PUBLISHED = "as published"
-"""The authors' teacher: Heun with one point more, of ipndm and dpmpp themselves with two."""
+"""The authors' teacher: Heun with one point more, of ipndm and dpmpp themselves with two. For parallel directions eight
+steps of Heun in each interval: theirs has three points more, and takes two steps to each."""
 OBJECTIVES = ("endpoint", "each point")
 JUDGED = 64
 """Trajectories that are not trained on, by which the best predictor is known."""
@@ -139,6 +143,7 @@ def settings_for(
     schedule: str,
     rho: float,
     max_order: int,
+    parallel: int = 2,
     **given: Any,
 ) -> AMEDSettings:
     """Settings of a predictor for a MODEL, between its sigmas.
@@ -146,11 +151,12 @@ def settings_for(
     teacher     one of TEACHERS, or "as published", which has points of its own
     rho         0 for that of the schedule
     max_order   at most; a solver has an order of its own
+    parallel    1 to 4 directions in an interval, of the students that have several
 
     Raises ValueError for a schedule that does not fall, and for what else `AMEDSettings` and `time_points` refuse.
     """
     if teacher == PUBLISHED:
-        teacher, teacher_points = (student, 2) if student in TEACHERS else ("heun", 1)
+        teacher, teacher_points = (student, 2) if student in TEACHERS else ("heun", 7 if student in PARALLEL else 1)
     sampling = patcher.get_model_object("model_sampling")
     rho = rho or RHO.get(schedule, 1.0)
     points = time_points(sampling, schedule, steps, rho, float(sampling.sigma_min), float(sampling.sigma_max))
@@ -163,6 +169,7 @@ def settings_for(
         teacher=teacher,
         teacher_points=teacher_points,
         model_hash=fingerprint(patcher),
+        parallel=parallel if student in PARALLEL else 0,
         **given,
     )
 
@@ -307,7 +314,8 @@ class _Training:
         def sample(
             model: Any, x: Tensor, sigmas: Tensor, extra_args: Any, callback: Any = None, disable: Any = None
         ) -> Tensor:
-            graphs = 2 * self.settings.steps - 1 if self.endpoint else 1
+            calls = self.settings.calls
+            graphs = calls * self.settings.steps - 1 if self.endpoint else calls - 1
             options = (TITLE, REMEDY, "full", self.plan.checkpointing)
             with prepared(model, x, extra_args, *options, graphs=graphs) as (recording, extra_args, _):
                 x = x.clone()  # no inference tensor, out here
@@ -337,9 +345,10 @@ class _Training:
         steps = intervals(self.sigmas.tolist(), self.predictor)
         student = Student(settings.student, settings.max_order, len(steps))
         base_model, prompts = host.base_model(model), host.guider(model).conds
+        seen = None if settings.parallel else base_model.diffusion_model
         checkpointed = base_model.diffusion_model if self.plan.checkpointing else None
         with (
-            watched(base_model.diffusion_model, extra_args.get("model_options", {}), prompts) as (bottleneck, options),
+            watched(seen, extra_args.get("model_options", {}), prompts) as (bottleneck, options),
             _smooth_timesteps(base_model.model_sampling),
         ):
             ask = functools.partial(model, **{**extra_args, "model_options": options})
@@ -364,7 +373,7 @@ class _Training:
                     drawn = x.detach()
                     if not self.endpoint:
                         student.detach()
-                        x = drawn if settings.student in ("ipndm", "dpmpp") else target
+                        x = drawn if settings.student in ("ipndm", "dpmpp", *PARALLEL) else target
         return losses, drawn
 
     def _descend(self, loss: Tensor, sigma: float) -> None:
@@ -407,7 +416,7 @@ class _Training:
 
         def function(model: Any, x: Tensor, extra_args: Any, recording: Any, targets: list[Tensor]) -> None:
             def choose(features: Tensor, t: Tensor, t_next: Tensor) -> Choice:
-                choice = chooser(features, t, t_next) if chooser is not None else classical(x)
+                choice = chooser(features, t, t_next) if chooser is not None else classical(x, self.settings.parallel)
                 middles.append(choice.middle(t, t_next))
                 return choice
 
