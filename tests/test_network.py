@@ -76,7 +76,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secluded]:
     write_pictures(server.input)
     write_broken_files(server.base)
     write_networks(server.base / "models")
-    with server.start():
+    with server:
         yield server
 
 
