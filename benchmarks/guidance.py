@@ -11,9 +11,11 @@ cells share their seeds. Losses are those of the nodes, at the nodes' own defaul
     style         the distance of Gram matrices in the judge's features: lower is better
     face          the share that the judge takes for the target's person, at a false acceptance rate of 1 %
 
-with a 95 % interval of the bootstrap. The row of strength 0 is unguided; `strength` is guidance_rate of DSG Guidance,
-step_size of DPS Guidance, and rho of TFG Guidance with its preset FreeDoM. Guidance decodes in bfloat16, which takes
-half of the time; the pictures that are judged are decoded in float32.
+with a 95 % interval of the bootstrap. `score` is one figure a sample, higher for better: the success, less the distance
+for style, and for a face the cosine of the identities that the threshold cuts. The row of strength 0 is unguided;
+`strength` is guidance_rate of DSG Guidance, auto_strength of the same (DSG auto), step_size of DPS Guidance, and rho of
+TFG Guidance with its preset FreeDoM. Guidance decodes in bfloat16, which takes half of the time; the pictures that are
+judged are decoded in float32.
 """
 
 from __future__ import annotations
@@ -139,8 +141,8 @@ class Tasks:
         widgets = defaults(FaceIDLoss) | given
         return FaceIDLoss().make(**widgets, image=torch.cat([image(seed) for seed in seeds]))[0]
 
-    def success(self, task: str, verdict: judging.Verdict, seeds: list[int]) -> np.ndarray:
-        """One figure a sample."""
+    def score(self, task: str, verdict: judging.Verdict, seeds: list[int]) -> np.ndarray:
+        """`[N]`, higher for better."""
         if task == "text":
             truth = np.array([list(portraits.labels(portraits.sample(seed)).values()) for seed in seeds])
             columns = [list(portraits.ATTRIBUTES).index(name) for name in MENTIONED]
@@ -150,22 +152,29 @@ class Tasks:
             return np.array([judging.mean_iou(classes, truth)["mean"] for classes, truth in pairs])
         wanted = self.judge.of(judging.to_tensor(np.stack([portraits.render(seed) for seed in seeds])))
         if task == "style":
-            return judging.gram_distance(verdict, wanted).numpy()
-        similarity = torch.nn.functional.cosine_similarity(verdict.identity, wanted.identity)
-        return (similarity > self.verification["threshold"]).float().numpy()
+            return -judging.gram_distance(verdict, wanted).numpy()
+        return torch.nn.functional.cosine_similarity(verdict.identity, wanted.identity).numpy()
+
+    def success(self, task: str, score: np.ndarray) -> np.ndarray:
+        """`[N]`, of what `score` gave."""
+        if task == "face":
+            return (score > self.verification["threshold"]).astype(float)
+        return -score if task == "style" else score
 
 
 #: Each method's node, what it calls its strength, and what else is set.
 METHODS: dict[str, tuple[type, str, dict[str, Any]]] = {
     "DSG": (DSGGuidance, "guidance_rate", {}),
+    "DSG auto": (DSGGuidance, "auto_strength", {}),
     "DPS": (DPSGuidance, "step_size", {}),
     "FreeDoM": (TFGGuidance, "rho", {"preset": "FreeDoM"}),
 }
+OF_DSG = {"DSG": (0.1, 0.2, 0.3, 0.45), "DSG auto": (1.0,)}
 STRENGTHS: dict[str, dict[str, tuple[float, ...]]] = {
-    "text": {"DSG": (0.1, 0.2, 0.3), "DPS": (1.0, 3.0, 10.0), "FreeDoM": (1.0, 3.0, 10.0)},
-    "segmentation": {"DSG": (0.1, 0.2, 0.3), "DPS": (1.0, 3.0, 10.0), "FreeDoM": (1.0, 3.0, 10.0)},
-    "style": {"DSG": (0.1, 0.2, 0.3), "DPS": (1.0, 3.0, 10.0), "FreeDoM": (1.0, 3.0, 10.0)},
-    "face": {"DSG": (0.1, 0.2, 0.3), "DPS": (1.0, 3.0, 10.0), "FreeDoM": (1.0, 3.0, 10.0)},
+    "text": {**OF_DSG, "DPS": (1.0, 3.0, 10.0), "FreeDoM": (1.0, 3.0, 10.0)},
+    "segmentation": {**OF_DSG, "DPS": (1.0, 3.0, 10.0), "FreeDoM": (1.0, 3.0, 10.0)},
+    "style": {**OF_DSG, "DPS": (1.0, 3.0, 10.0), "FreeDoM": (1.0, 3.0, 10.0)},
+    "face": {**OF_DSG, "DPS": (1.0, 3.0, 10.0), "FreeDoM": (1.0, 3.0, 10.0)},
 }
 
 
@@ -244,7 +253,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="a folder for the pictures of each cell")
     options = parser.parse_args()
     if options.quick:
-        options.tasks, options.methods = options.tasks[:1], options.methods[:2]
+        options.tasks, options.methods = options.tasks[:1], ["DSG", "DPS"]
     steps, count = options.steps or (20 if options.quick else 50), options.samples or (8 if options.quick else 64)
     seeds = list(portraits.TEST_SEEDS[:count])
     settings = {"sampler": "euler_ancestral", "scheduler": "normal", "cfg": 1.0, "steps": steps, "n": count}
@@ -281,7 +290,8 @@ def main() -> None:
 def measured(cell: dict[str, Any], made: Tensor, seeds: list[int], real: Tensor) -> dict[str, Any]:
     """The row of pictures that were made for the targets `seeds`."""
     verdict = tasks().judge.of(made)
-    success = tasks().success(cell["task"], verdict, seeds)
+    score = tasks().score(cell["task"], verdict, seeds)
+    success = tasks().success(cell["task"], score)
     return {
         **cell,
         "nfe": cell["steps"],
@@ -290,6 +300,7 @@ def measured(cell: dict[str, Any], made: Tensor, seeds: list[int], real: Tensor)
         "frechet": round(judging.frechet(verdict.features, real), 4),
         "success": round(float(success.mean()), 4),
         "interval": interval(success),
+        "score": np.round(score, 4).tolist(),
         "n": len(seeds),
     }
 

@@ -7,7 +7,8 @@ Half of the pixels or more are missing (`inpainting`, 30 to 70 % of them), or th
 is restored are portraits that chose no setting, with an empty prompt; all cells share measurements and noise. Rows:
 
     settings     published: what the method's authors give for this task, unscaled. tuned: the strength that has the
-                 best mean PSNR on other portraits, found in the same number of tries for each method, steps and task
+                 best mean PSNR on other portraits, found in the same number of tries for each method, steps and task.
+                 grid: DSG at rates that are the same for all tasks, and auto: DSG with auto_strength 1
     nfe          model calls; DiffRGD takes four a step, so it has a quarter of the steps
     psnr, ssim   to the original, with 95 % intervals of the bootstrap
     over_dsg     PSNR less that of DSG with published settings at as many calls, paired, and its interval
@@ -16,6 +17,10 @@ is restored are portraits that chose no setting, with an empty prompt; all cells
     misfit       RMS of y − A(x), where .025 is that of the noise
     off_shell    share of steps whose ‖x_next − μ‖ is none that Gaussian noise has: off by three of its deviations
     diversity    RMS distance between pictures of one measurement and different noise, and that of unguided ones
+
+Few steps are measured apart (`settings` few), for euler_ancestral and lcm, on the model's own schedule and on the times
+that a predictor of AMED learnt: unguided, and DSG with the rate of each step tuned. Without fine-tuning for it, lcm
+only draws new noise at each step; off_shell is not known there.
 
 FreeDoM's authors give no setting for these tasks. 1000 steps take the strength tuned at 100. Guidance decodes in
 bfloat16, which takes half of the time; the pictures that are measured are decoded in float32.
@@ -27,7 +32,7 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +63,8 @@ from sphereguide.losses.measurement import (  # noqa: E402
     gaussian_blur,
 )
 from sphereguide.models.decoder import Decoder  # noqa: E402
+from sphereguide.samplers.amed import predictor as predictors  # noqa: E402
+from sphereguide.samplers.amed.sampling import expanded_sigmas  # noqa: E402
 from sphereguide.samplers.diffrgd import Riemannian, riemannian_guided  # noqa: E402
 from sphereguide.samplers.dps import Posterior, posterior_guided  # noqa: E402
 from sphereguide.samplers.dsg import Guidance, guided  # noqa: E402
@@ -73,6 +80,13 @@ TASKS = ("inpainting", "super-resolution", "gaussian deblur")
 NFE = (100, 50, 20)
 MANY, FEW = 1000, 8
 """Steps of the longest run, and how many portraits it restores."""
+GRID = (0.1, 0.2, 0.3, 0.45)
+GRID_CALLS = 50
+"""Of auto strength, and of the rates that it is held against."""
+FEW_CALLS = (10, 6)
+FEW_CELLS = [(sampler, "normal", nfe) for nfe in FEW_CALLS for sampler in ("euler_ancestral", "lcm")]
+FEW_CELLS += [(sampler, "amed", 6) for sampler in ("euler_ancestral", "lcm")]
+"""Sampler, schedule and model calls. The predictors that lie here are of 4, 6 and 8."""
 CHUNK = 2
 REFERENCES = 2048
 DIVERSITY = {"rates": (0.0, 0.05, 0.1, 0.2, 0.4, 0.8), "measurements": 4, "each": 8, "steps": 50}
@@ -96,13 +110,20 @@ Steer = Callable[[Any, Loss, Decoder, "Cell", GuidanceTrace], Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """`strength` is guidance_rate of DSG, ζ of DPS, ρ of FreeDoM, η of DiffRGD, and what TFG's ρ and μ both count."""
+    """`strength`: guidance_rate of DSG, κ of DSG auto, ζ of DPS, ρ of FreeDoM, η of DiffRGD; TFG's ρ and μ count it."""
 
     task: str
     method: str
     nfe: int
     strength: float = 0.0
     interval: int = 1
+    sampler: str = "euler_ancestral"
+    schedule: str = "normal"
+
+    @property
+    def key(self) -> dict[str, Any]:
+        names = ("task", "method", "nfe", "sampler", "schedule")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def steps(self) -> int:
@@ -111,6 +132,10 @@ class Cell:
 
 def _dsg(sampler: Any, loss: Loss, decode: Decoder, cell: Cell, trace: GuidanceTrace) -> Any:
     return guided(sampler, Guidance(loss, decode, interval=cell.interval, guidance_rate=cell.strength), trace)
+
+
+def _auto(sampler: Any, loss: Loss, decode: Decoder, cell: Cell, trace: GuidanceTrace) -> Any:
+    return guided(sampler, Guidance(loss, decode, auto_strength=cell.strength), trace)
 
 
 def _dps(sampler: Any, loss: Loss, decode: Decoder, cell: Cell, trace: GuidanceTrace) -> Any:
@@ -138,8 +163,9 @@ METHODS: dict[str, tuple[Steer, float]] = {
     "DSG": (_dsg, 0.1),
     "TFG": (_tfg, 1.0),
     "DiffRGD": (_diffrgd, 5.0),
+    "DSG auto": (_auto, 1.0),
 }
-"""How to guide, and the strength that tuning tries first."""
+"""How to guide, and the strength that tuning tries first; that of auto is its default, and stays."""
 
 
 def published(task: str, method: str, nfe: int) -> tuple[float, int] | None:
@@ -158,6 +184,16 @@ def loaded() -> tuple[Any, Any, Any, Any]:
     with torch.inference_mode():
         model, clip = toy_portraits.load_model(), toy_portraits.load_clip()
         return model, host.encoded(clip, ""), toy_portraits.load_vae(), fast_vae()
+
+
+def sigmas_of(cell: Cell) -> Tensor:
+    """`[steps + 1]`, to 0."""
+    if cell.schedule == "amed":
+        file = toy_portraits.WEIGHTS / "amed" / f"toy_portraits_ipndm_{cell.nfe}.safetensors"
+        predictor = predictors.load(file, "bench inverse")
+        return expanded_sigmas(predictor, predictor.settings.midpoints)
+    sampling = loaded()[0].model.model_sampling
+    return comfy.samplers.calculate_sigmas(sampling, cell.schedule, cell.steps)
 
 
 def originals(seeds: list[int]) -> Tensor:
@@ -186,7 +222,7 @@ def measurement(task: str, seeds: list[int]) -> Loss:
 
 @dataclass
 class Restored:
-    """pictures `[B, 3, 128, 128]` in 0..1; psnr, ssim, misfit `[B]`; off `[steps − 1, B]`."""
+    """pictures `[B, 3, 128, 128]` in 0..1; psnr, ssim, misfit `[B]`; off `[steps − 1, B]`, NaN where not known."""
 
     pictures: Tensor
     psnr: Tensor
@@ -205,10 +241,10 @@ def restored(cell: Cell, seeds: list[int], draws: list[int]) -> Restored:
     model, empty, exact, fast = loaded()
     with torch.inference_mode():
         loss = measurement(cell.task, seeds)
-        sampler, shell = comfy.samplers.sampler_object("euler_ancestral"), Shell()
+        sampler, shell = comfy.samplers.sampler_object(cell.sampler), Shell()
         if cell.method != "unguided":
             sampler = METHODS[cell.method][0](sampler, loss, Decoder(fast), cell, GuidanceTrace())
-        sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, "normal", cell.steps)
+        sigmas = sigmas_of(cell)
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(empty, empty)
         guider.set_cfg(1.0)
@@ -221,12 +257,15 @@ def restored(cell: Cell, seeds: list[int], draws: list[int]) -> Restored:
         misfit = loss(pictures) / loss.measurement[0].numel() ** 0.5
         if cell.task == "inpainting":
             misfit = misfit / loss.known.mean((1, 2, 3)).sqrt()
+        off = torch.full((1, len(seeds)), torch.nan)
+        if cell.sampler == "euler_ancestral":
+            off = Shell.off(shell.radii(sigmas), ELEMENTS).float()
         return Restored(
             pictures.clone(),
             -10 * (pictures - truth).square().mean((1, 2, 3)).log10(),
             torch.tensor([similarity(a, b) for a, b in zip(pictures, truth, strict=True)]),
             misfit.clone(),
-            Shell.off(shell.radii(sigmas), ELEMENTS),
+            off,
         )
 
 
@@ -250,9 +289,9 @@ class Bench:
         jobs = [self.pool.submit(restored, cell, seeds[chunk], draws[chunk]) for chunk in chunks]
         return Restored.joined([job.result() for job in jobs])
 
-    def tuned(self, task: str, method: str, nfe: int) -> float:
-        """The best strength of those that a climb by factors of 2 meets, on portraits that are not measured."""
-        key = {"task": task, "method": method, "nfe": nfe, "settings": "tries"}
+    def tuned(self, cell: Cell) -> Cell:
+        """With the best strength of those that a climb by factors of 2 meets, on portraits that are not measured."""
+        key = {**cell.key, "settings": "tries"}
         row = self.result.find(key)
         if row is None:
             seeds = list(portraits.TUNING_SEEDS[: self.tuned_on])
@@ -260,12 +299,12 @@ class Bench:
 
             def mean(strength: float) -> float:
                 if strength not in tried and len(tried) < self.tries:
-                    found = self.of(Cell(task, method, nfe, strength), seeds, list(range(self.tuned_on)))
+                    found = self.of(replace(cell, strength=strength), seeds, list(range(self.tuned_on)))
                     tried[strength] = float(found.psnr.nan_to_num(0.0).mean())
                 return tried.get(strength, -np.inf)
 
-            best = METHODS[method][1]
-            most = 1.0 if method == "DSG" else np.inf
+            best = METHODS[cell.method][1]
+            most = 1.0 if cell.method == "DSG" else np.inf
             while len(tried) < self.tries:
                 around = [value for value in (best, 2 * best, best / 2) if value <= most]
                 found = max(around, key=mean)
@@ -277,10 +316,10 @@ class Bench:
             row = {**key, "tried": {f"{value:g}": round(psnr, 3) for value, psnr in tried.items()}}
             row["strength"] = max(tried, key=tried.__getitem__)
             self.result.add(row)
-        return float(row["strength"])
+        return replace(cell, strength=float(row["strength"]))
 
     def row(self, cell: Cell, settings: str, count: int) -> dict[str, Any]:
-        key = {"task": cell.task, "method": cell.method, "nfe": cell.nfe, "settings": settings}
+        key = {**cell.key, "settings": settings, "strength": cell.strength}
         row = self.result.find(key)
         if row is None:
             seeds = list(portraits.TEST_SEEDS[:count])
@@ -289,7 +328,6 @@ class Bench:
             row = {
                 **key,
                 "steps": cell.steps,
-                "strength": cell.strength,
                 "interval": cell.interval,
                 "psnr": round(float(psnr.mean()), 3),
                 "psnr_interval": interval(psnr),
@@ -297,20 +335,22 @@ class Bench:
                 "ssim_interval": interval(found.ssim.double().numpy()),
                 "frechet": round(judging.frechet(self.judge.of(found.pictures).features, self.real), 4),
                 "misfit": round(float(found.misfit.mean()), 4),
-                "off_shell": round(float(found.off.float().mean()), 4),
+                "off_shell": None if found.off.isnan().any() else round(float(found.off.mean()), 4),
                 "success": None,
                 "each": np.round(psnr, 2).tolist(),
                 "n": count,
             }
-            base = self.result.find({**key, "method": "DSG", "settings": "published"})
+            base = self.result.find({**cell.key, "method": "DSG", "settings": "published"})
             if base and base["n"] == count:
                 over = psnr - np.array(base["each"])
                 row["over_dsg"], row["over_dsg_interval"] = round(float(over.mean()), 3), interval(over)
             self.result.add(row)
+        how = settings if settings != "few" else f"{cell.sampler}, {cell.schedule}"
+        off = "" if row["off_shell"] is None else f"{row['off_shell']:7.0%}"
         print(
-            f"{cell.task:18}{cell.nfe:5}  {cell.method:9}{settings:10}{row['strength']:9.4g}{row['psnr']:8.2f} dB "
+            f"{cell.task:18}{cell.nfe:5}  {cell.method:9}{how:23}{row['strength']:9.4g}{row['psnr']:8.2f} dB "
             f"{row['psnr_interval'][0]:7.2f} {row['psnr_interval'][1]:5.2f}{row['ssim']:7.3f}{row['frechet']:8.3f}"
-            f"{row['misfit']:8.4f}{row['off_shell']:7.0%}",
+            f"{row['misfit']:8.4f}{off}",
             flush=True,
         )
         return row
@@ -319,12 +359,24 @@ class Bench:
         """All rows of a task and number of model calls."""
         self.row(Cell(task, "unguided", nfe), "none", self.count)
         for method in sorted(names, key=lambda name: name != "DSG"):  # which the others are held against
+            if method == "DSG auto":
+                if nfe == GRID_CALLS:
+                    self.row(Cell(task, method, nfe, METHODS[method][1]), "grid", self.count)
+                    for rate in GRID:
+                        self.row(Cell(task, "DSG", nfe, rate), "grid", self.count)
+                continue
             if nfe not in DEAR.get(method, (nfe,)):
                 continue
             given = published(task, method, nfe)
             if given is not None:
                 self.row(Cell(task, method, nfe, *given), "published", self.count)
-            self.row(Cell(task, method, nfe, self.tuned(task, method, nfe)), "tuned", self.count)
+            self.row(self.tuned(Cell(task, method, nfe)), "tuned", self.count)
+
+    def few_steps(self, task: str) -> None:
+        for sampler, schedule, nfe in FEW_CELLS:
+            cell = Cell(task, "unguided", nfe, sampler=sampler, schedule=schedule)
+            self.row(cell, "few", self.count)
+            self.row(self.tuned(replace(cell, method="DSG")), "few", self.count)
 
     def many_steps(self, task: str, names: list[str]) -> None:
         self.row(Cell(task, "unguided", MANY), "none", FEW)
@@ -333,7 +385,8 @@ class Bench:
             if given is not None:
                 self.row(Cell(task, method, MANY, *given), "published", FEW)
             if method != "DSG":  # whose rate is one for 1000 steps, guided every fifth
-                self.row(Cell(task, method, MANY, self.tuned(task, method, NFE[0])), "tuned", FEW)
+                tuned = self.tuned(Cell(task, method, NFE[0]))
+                self.row(replace(tuned, nfe=MANY), "tuned", FEW)
 
     def diversity(self, task: str) -> None:
         """How far apart pictures of one measurement are, and whether they are as far as they should be."""
@@ -422,6 +475,8 @@ def main() -> None:
         for task in options.tasks:
             for nfe in options.nfe:
                 bench.methods(task, nfe, options.methods)
+            if "DSG" in options.methods and not options.quick:
+                bench.few_steps(task)
         if not options.quick:
             bench.diversity(TASKS[0])
             bench.many_steps(TASKS[0], [name for name in ("DPS", "FreeDoM", "DSG") if name in options.methods])

@@ -88,6 +88,21 @@ def inverse(result: dict[str, Any]) -> Iterator[str]:
     columns = ("task", "calls", "method", "settings", "strength", "PSNR, dB", "SSIM", "Fréchet", "off the shell", "n")
     yield table(columns, rows)
     rows = [
+        (
+            *(str(row[key]) for key in ("task", "nfe", "sampler", "schedule", "method")),
+            f"{row['strength']:.3g}",
+            f"{row['psnr']:.2f} {bracketed(row['psnr_interval'], 2)}",
+            f"{row['ssim']:.3f}",
+            f"{row['frechet']:.3f}",
+            str(row["n"]),
+        )
+        for row in result["rows"]
+        if row["settings"] == "few"
+    ]
+    yield "\n\nFew steps, DSG with tuned rates of each step:\n\n"
+    columns = ("task", "calls", "sampler", "schedule", "method", "strength", "PSNR, dB", "SSIM", "Fréchet", "n")
+    yield table(columns, rows)
+    rows = [
         (f"{row['strength']:g}", f"{row['diversity']:.4f}", f"{row['psnr']:.2f}")
         for row in result["rows"]
         if row["settings"] == "diversity"

@@ -149,10 +149,26 @@ RATE_STEPS: dict[str, Any] = {
         },
     ),
 }
+AUTO_STRENGTH: dict[str, Any] = {
+    "auto_strength": (
+        "FLOAT",
+        {
+            "default": 0.0,
+            "min": 0.0,
+            "max": 2.0,
+            "step": 0.05,
+            "tooltip": (
+                "How much, where the strength is found for you: anew at each step and for each image, from how the "
+                "gradient of the loss turns. 1 goes as far as the loss falls, 0.7 stays before that, more goes beyond. "
+                "guidance_rate is then only where it begins. 0 is off: guidance_rate counts in all steps."
+            ),
+        },
+    ),
+}
 #: The page draws the loss on the node while it samples.
 HIDDEN = {"unique_id": "UNIQUE_ID"}
 #: Optional, so that workflows from before they existed still run; their widgets come last for the same reason.
-DSG_OPTIONS = VAE | RATE_STEPS | RECURRENCE | DECODE_SIZE
+DSG_OPTIONS = VAE | RATE_STEPS | RECURRENCE | DECODE_SIZE | AUTO_STRENGTH
 
 
 def dsg(loss: Loss, vae: Any, decode_scale: float = 1.0, rate_steps: int = 50, **settings: Any) -> Guidance:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,10 @@ class GuidanceReport:
 
 
 def plot(steps: list[GuidedStep]) -> Tensor:
-    """IMAGE `[1, 360, 1200, 3]`: loss, gradient norm and radius error over sigma, a line a sample; crosses: skipped."""
+    """IMAGE `[1, 360, 1200, 3]`: loss, gradient norm and radius error over sigma, and guidance_rate where it varies.
+
+    A line a sample; crosses: skipped.
+    """
     figure = new_figure("Guidance Report", 12, 3.6)
     sigma = np.array([step.sigma for step in steps])
     skipped = np.array([step.skipped for step in steps])
@@ -55,6 +59,9 @@ def plot(steps: list[GuidedStep]) -> Tensor:
         "gradient norm": [step.gradient_norm for step in steps],
         "radius error  |‖ε′‖/√n − 1|": [[abs(r - 1) for r in step.radius] for step in steps],
     }
+    rates = [step.rate for step in steps]
+    if len(set(itertools.chain(*rates))) > 1 and np.isfinite(rates).all():
+        curves["guidance_rate"] = rates
     for axes, (title, values) in zip(figure.subplots(1, len(curves)), curves.items(), strict=True):
         axes.set(title=title, xlabel="sigma")
         axes.grid(alpha=0.3)

@@ -13,6 +13,13 @@ guided.
 In a run of N steps c ~ 1/√N, so what guidance adds up to grows with √N, while the sum of the noise stays the same.
 `rate_steps` undoes that: tan of the angle between ε and m is scaled by √(rate_steps/N).
 
+Auto strength: a step to the minimum of L along its direction makes the next gradient orthogonal to this one. A shorter
+step leaves them alike, a longer one opposes them. So tan of the angle follows the cosine between a sample's successive
+gradients, from where `guidance_rate` sets it: the hypergradient of Baydin et al. (ICLR 2018, arXiv 1703.04782) with the
+rate γ = ½, of log tan.
+
+    log tan α ← log tan α + γ·(cos(g, g_before) − (1 − κ))        κ = auto_strength; 1 seeks the minimum
+
 Recurrence (time travel: FreeDoM, Yu et al., ICCV 2023, arXiv 2303.09833) repeats a step: guide it, go back by noise.
 """
 
@@ -25,11 +32,17 @@ from typing import ClassVar
 import comfy.samplers
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .kernel import GRADIENTS, Evaluation, GuidedModel, Objective, per_sample, progress, steered
 from .trace import GuidanceTrace
 
 __all__ = ["GRADIENTS", "Guidance", "guided", "on_sphere"]
+
+GAIN = 0.5
+"""γ of auto strength."""
+STEEPEST = 1e3
+"""tan of the largest angle of auto strength; that of the smallest is its inverse."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,8 @@ class Guidance(Objective):
     rate_steps      the number of steps that guidance_rate is meant for; with any other it is scaled so that the run's
                     strength stays. Steps are counted as if the schedule were run through from noise to image. 0: as in
                     the paper, the rate of each step, whatever their number.
+    auto_strength   κ ≥ 0: the strength is found anew at each step, for each sample, and guidance_rate is that of the
+                    first. 1 goes as far as the loss falls along a step, less stops before, more goes beyond. 0: off.
     recurrence      r ≥ 0: how often a step is repeated before the sampler's own. A repetition is a guided DDPM step
                     (η = 1) and its undoing by fresh noise, done to the sampler's state: so it serves every sampler, and
                     a multistep one keeps the history of its own steps alone.
@@ -50,6 +65,7 @@ class Guidance(Objective):
 
     guidance_rate: float = 0.2
     rate_steps: int = 0
+    auto_strength: float = 0.0
     recurrence: int = 0
     recurrence_start: float = 0.0
     recurrence_end: float = 1.0
@@ -59,8 +75,8 @@ class Guidance(Objective):
         return self.guidance_rate == 0
 
 
-def on_sphere(noise: Tensor, gradient: Tensor, guidance_rate: float, free: Tensor | None = None) -> Tensor:
-    """ε' from ε and g, both `[B, …]`, per sample.
+def on_sphere(noise: Tensor, gradient: Tensor, guidance_rate: float | Tensor, free: Tensor | None = None) -> Tensor:
+    """ε' from ε and g, both `[B, …]`, per sample; the rate is one for all, or of a shape that broadcasts over them.
 
     free  `[B, …]` of bool: the coordinates that the sampler is free to choose (a denoise mask). The sphere is then
           theirs, n their number, and the others keep their noise.
@@ -84,6 +100,8 @@ class _Spherical(GuidedModel):
     """Turns the noise that follows a guided call towards the descent of the loss."""
 
     objective: Guidance
+    before: Evaluation | None = None  # of auto strength: the call that `tangent` [B] is of
+    tangent: Tensor
 
     def drawn(self, noise: Tensor, sigma_next: Tensor) -> Tensor:
         return self._turned(noise, sigma_next, self.latest)
@@ -91,17 +109,34 @@ class _Spherical(GuidedModel):
     def _turned(self, noise: Tensor, sigma_next: Tensor, at: Evaluation) -> Tensor:
         gradient, norm = at.gradient.to(noise), at.norm
         usable = norm.isfinite() & (norm > 0)
-        turned = on_sphere(noise, gradient, self._rate(at.weight), at.free)
-        turned = torch.where(usable.reshape(-1, *[1] * (noise.ndim - 1)), turned, noise)
-        self.trace.record(at, sigma_next, turned, usable)
+        rate = self._rate(at)
+        turned = on_sphere(noise, gradient, per_sample(rate, noise), at.free)
+        turned = torch.where(per_sample(usable, noise) > 0, turned, noise)
+        self.trace.record(at, sigma_next, turned, usable, rate)
         return turned
 
-    def _rate(self, weight: float) -> float:
-        rate = min(1.0, self.objective.guidance_rate * weight)
+    def _rate(self, at: Evaluation) -> Tensor:
+        """`[B]`."""
+        # tan of the angle is rate/(1 − rate), as ε and d* are orthogonal
         scale = (self.objective.rate_steps / self._steps) ** 0.5 if self.objective.rate_steps else 1.0
-        return (
-            scale * rate / (1 - rate + scale * rate)
-        )  # tan of the angle is rate/(1 − rate), as ε and d* are orthogonal
+        if self.objective.auto_strength:
+            tangent = at.weight * self._tangent(at, scale)
+            return tangent / (1 + tangent)
+        rate = min(1.0, self.objective.guidance_rate * at.weight)
+        return torch.full_like(at.loss, scale * rate / (1 - rate + scale * rate))
+
+    def _tangent(self, at: Evaluation, scale: float) -> Tensor:
+        """tan α of auto strength, `[B]`."""
+        if self.before is None:
+            rate = self.objective.guidance_rate
+            self.tangent = torch.full_like(at.loss, scale * rate / max(1 - rate, 1 / STEEPEST))
+        elif self.before is not at:  # some samplers draw twice after a call
+            cosine = functional.cosine_similarity(at.gradient.flatten(1), self.before.gradient.flatten(1), eps=0.0)
+            # Not a number where a gradient is zero or not finite: that sample keeps its angle.
+            change = GAIN * torch.nan_to_num(cosine - 1 + self.objective.auto_strength)
+            self.tangent = (self.tangent * change.exp()).clamp(1 / STEEPEST, STEEPEST)
+        self.before = at
+        return self.tangent
 
     @functools.cached_property
     def _steps(self) -> float:

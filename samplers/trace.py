@@ -30,6 +30,7 @@ class GuidedStep:
     loss            L(x̂₀)
     gradient_norm   ‖∇L‖₂
     radius          ‖ε'‖/√n: 1 on the sphere; NaN in a step that draws no noise
+    rate            how far the noise was turned, DSG's guidance_rate of this step; NaN for other methods
     skipped         the gradient was zero or not finite, and the step was left alone
     """
 
@@ -39,6 +40,7 @@ class GuidedStep:
     loss: list[float]
     gradient_norm: list[float]
     radius: list[float]
+    rate: list[float]
     skipped: list[bool]
 
 
@@ -75,17 +77,20 @@ class GuidanceTrace:
         self._records.clear()
         self._tell()
 
-    def record(self, at: Evaluation, sigma_next: Tensor, noise: Tensor | None, usable: Tensor) -> None:
+    def record(
+        self, at: Evaluation, sigma_next: Tensor, noise: Tensor | None, usable: Tensor, rate: Tensor | None = None
+    ) -> None:
         """Tensors stay on their device until `steps` is read.
 
-        `noise` `[B, …]`: ε', None in a step without. `usable` `[B]`: where the gradient was.
+        `noise` `[B, …]`: ε', None in a step without. `usable` `[B]`: where the gradient was. `rate` `[B]`: DSG's.
         """
         radius = torch.full_like(at.loss, torch.nan)
         if noise is not None:
             guided = torch.ones_like(noise, dtype=torch.bool) if at.free is None else at.free
             radius = (noise * guided).flatten(1).square().sum(1).div(guided.flatten(1).sum(1)).sqrt()
         values = {"sigma": at.sigma.max(), "sigma_next": sigma_next, "loss": at.loss, "gradient_norm": at.norm}
-        self._records.append({"step": at.step, **values, "radius": radius, "skipped": ~usable})
+        rate = torch.full_like(at.loss, torch.nan) if rate is None else rate
+        self._records.append({"step": at.step, **values, "radius": radius, "rate": rate, "skipped": ~usable})
         self._tell(at)
 
     def _tell(self, at: Evaluation | None = None) -> None:
@@ -124,9 +129,12 @@ class GuidanceTrace:
         for i in range(len(steps[0].loss)):
             skipped = sum(step.skipped[i] for step in steps)
             radii = [abs(step.radius[i] - 1) for step in steps if not math.isnan(step.radius[i])]
+            rates = [step.rate[i] for step in steps]
+            turned = f", guidance_rate {min(rates):.2g} to {max(rates):.2g}" if min(rates) < max(rates) else ""
             lines.append(
                 f"sample {i + 1}: loss {steps[0].loss[i]:.4g} to {steps[-1].loss[i]:.4g}, gradient norm "
                 f"{steps[0].gradient_norm[i]:.3g} to {steps[-1].gradient_norm[i]:.3g}, radius error at most "
-                f"{max(radii, default=math.nan):.1g}, {skipped or 'no'} step{'' if skipped == 1 else 's'} skipped"
+                f"{max(radii, default=math.nan):.1g}{turned}, {skipped or 'no'} step{'' if skipped == 1 else 's'} "
+                "skipped"
             )
         return "\n".join(lines)

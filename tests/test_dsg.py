@@ -198,7 +198,8 @@ def test_the_gradient_is_that_of_finite_differences_in_float64(gradient, model_t
     torch.testing.assert_close(analytic, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_each_sample_of_a_batch_is_guided_by_its_own_loss_alone(model):
+@pytest.mark.parametrize("auto_strength", [0.0, 1.0])
+def test_each_sample_of_a_batch_is_guided_by_its_own_loss_alone(model, auto_strength):
     targets = torch.stack([TARGET, -TARGET, 2 * TARGET])
     noise = torch.randn(3, *gaussian_mixture.SHAPE)
     draws = [torch.randn(3, *gaussian_mixture.SHAPE) for _ in range(20)]
@@ -207,7 +208,7 @@ def test_each_sample_of_a_batch_is_guided_by_its_own_loss_alone(model):
         remaining = iter(draws)
         return lambda sigma, sigma_next: next(remaining)[index]
 
-    settings = {"guidance_rate": 0.4}
+    settings = {"guidance_rate": 0.4, "auto_strength": auto_strength}
     batch, _ = run(
         model,
         loss=Distance(targets),
@@ -543,3 +544,77 @@ def test_the_scaled_rate(model):
         )
     assert torch.equal(angle(50, 0.2)[0], angle(50, 0.2, rate_steps=0)[0])
     assert torch.equal(angle(20, 1.0)[0], angle(20, 1.0, rate_steps=0)[0])
+
+
+# -- auto strength -----------------------------------------------------------------------------------------------------
+
+
+class Remembering(Distance):
+    """Keeps its gradients with respect to x̂₀, `[B, …]` a model call; the second sample's are as `second` makes them."""
+
+    def __init__(self, second: float = 1.0) -> None:
+        super().__init__()
+        self.second, self.seen = second, []
+
+    def forward(self, latents: Tensor, step: Step | None = None) -> Tensor:
+        away = latents.detach() - self.targets.to(latents)
+        self.seen.append(away / away.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1))
+        share = torch.ones(len(latents))
+        share[1:2] = self.second
+        return super().forward(latents) * share
+
+
+@pytest.mark.parametrize("kappa", [0.6, 1.0])
+def test_auto_strength_follows_the_cosine_between_successive_gradients(model, kappa):
+    loss = Remembering()
+    settings = {"guidance_rate": 0.3, "auto_strength": kappa, "gradient": "fast"}
+    _, trace = run(model, loss=loss, settings=settings, batch=3)
+    for i in range(3):
+        tangent = 0.3 / 0.7
+        for k, step in enumerate(trace.steps):
+            if k:
+                cosine = float((loss.seen[k][i] * loss.seen[k - 1][i]).sum())
+                tangent *= math.exp(0.5 * (cosine - 1 + kappa))
+            assert step.rate[i] == pytest.approx(tangent / (1 + tangent), rel=1e-4)
+    assert len({rate for step in trace.steps for rate in step.rate}) > 3
+
+
+@pytest.mark.parametrize("name, draws", [("euler_ancestral", 1), ("dpmpp_sde", 2), ("lcm", 1)])
+def test_where_auto_strength_ends_depends_less_on_where_it_begins(model, name, draws):
+    def reached(rate, auto_strength):
+        settings = {"guidance_rate": rate, "auto_strength": auto_strength}
+        latent, trace = run(model, name, settings=settings, batch=100, steps=30, scheduler="karras")
+        rates = torch.tensor([step.rate for step in trace.steps])
+        assert rates.isfinite().all() and ((rates > 0) & (rates < 1)).all() and len(rates) == 29 * draws
+        return float(Distance()(latent).mean())
+
+    fixed, auto = (abs(reached(0.02, kappa) - reached(0.7, kappa)) for kappa in (0.0, 1.0))
+    assert auto < fixed / 2
+
+
+def test_more_auto_strength_is_nearer_to_the_loss(model):
+    def reached(kappa):
+        settings = {"guidance_rate": 0.1, "auto_strength": kappa}
+        latent, _ = run(model, settings=settings, batch=100, steps=30, scheduler="karras")
+        return float(Distance()(latent).mean())
+
+    assert reached(1.0) < reached(0.6) < reached(0.3)
+
+
+@pytest.mark.parametrize("second", [0.0, math.nan])
+def test_auto_strength_waits_where_there_is_no_gradient(model, second):
+    settings = {"guidance_rate": 0.3, "auto_strength": 1.0, "gradient": "fast"}
+    _, trace = run(model, loss=Remembering(second), settings=settings, batch=3)
+    _, alone = run(model, settings=settings, batch=3)
+    assert all(step.skipped == [False, True, False] for step in trace.steps)
+    assert all(step.rate[1] == pytest.approx(0.3) for step in trace.steps)
+    for step, other in zip(trace.steps, alone.steps, strict=True):
+        assert step.rate[::2] == pytest.approx(other.rate[::2], rel=1e-4)
+
+
+@pytest.mark.parametrize("rate", [1e-6, 1.0])
+def test_auto_strength_stays_in_range_however_long_it_runs(model, rate):
+    settings = {"guidance_rate": rate, "auto_strength": 2.0, "rate_steps": 50}
+    latent, trace = run(model, settings=settings, steps=100, scheduler="karras")
+    rates = torch.tensor([step.rate for step in trace.steps])
+    assert latent.isfinite().all() and ((rates > 0) & (rates < 1)).all()

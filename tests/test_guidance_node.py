@@ -97,6 +97,22 @@ def test_the_report_passes_the_latent_through_and_draws(guided_steps):
         assert summary == "DSG Guidance: no step was guided."
 
 
+def test_the_report_shows_rates_where_they_differ():
+    def reported(**settings):
+        sampler, trace = guide(**settings)
+        latent = {"samples": gaussian_mixture.sample(sampler, gaussian_mixture.patcher(), batch=2, steps=5)}
+        _, image, summary = GuidanceReport().report(latent, trace)["result"]
+        return image, summary, [[step.rate[i] for step in trace.steps] for i in range(2)]
+
+    same, plain, _ = reported(guidance_rate=0.2, rate_steps=0)
+    other, found, rates = reported(guidance_rate=0.2, rate_steps=0, auto_strength=1.0)
+    assert "guidance_rate" not in plain and same.shape == other.shape
+    for line, own in zip(found.splitlines()[1:], rates, strict=True):
+        assert own[0] == pytest.approx(0.2) and f"guidance_rate {min(own):.2g} to {max(own):.2g}" in line
+    frames = [int(((image[0, 180] < 0.3).all(-1)).sum()) for image in (same, other)]  # left and right of each plot
+    assert frames[1] > frames[0]
+
+
 def test_the_summary_counts_what_was_skipped():
     class Broken(Distance):
         def forward(self, latents, step=None):

@@ -137,6 +137,7 @@ def graphs(draw: Any) -> tuple[dict[str, Any], int]:
     if draw(st.booleans()) and method != "KSampler":
         sampler = graph.add("SphereGuideILVR", sampler=sampler, reference=["latent", 0], factor=2, **PERCENTS)
     recurrence = {"recurrence": draw(st.sampled_from((0, 2))), "recurrence_start": 0.0, "recurrence_end": 1.0}
+    recurrence["auto_strength"] = draw(st.sampled_from((0.0, 1.0)))
     if method == "KSampler":
         run = {"seed": SEED, "steps": 3, "cfg": cfg, "sampler_name": name, "scheduler": "normal", "denoise": 1.0}
         wires = {"model": model, "latent_image": ["latent", 0], **text}

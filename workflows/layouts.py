@@ -63,6 +63,7 @@ def guidance(rate: float, **settings: Any) -> dict[str, Any]:
         "recurrence_start": 0.0,
         "recurrence_end": 1.0,
         "decode_scale": 1.0,
+        "auto_strength": 0.0,
         **settings,
     }
 
@@ -142,7 +143,7 @@ def steered(
         "dsg": Node(
             "SphereGuideDSG",
             (1520, 540),
-            (300, 404),
+            (300, 428),
             guidance(guidance_rate, **settings),
             wires,
             "DSG Guidance",
