@@ -39,7 +39,7 @@ import_pack()
 import comfy.samplers  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from judged import features_of, real_features  # noqa: E402
+from judged import QUICK_REFERENCES, REFERENCES, features_of, real_features  # noqa: E402
 from processes import processes  # noqa: E402
 from result import Result, save  # noqa: E402
 from sphereguide import host  # noqa: E402
@@ -57,7 +57,7 @@ NFE, WITH_AFS = (4, 6, 8), (3, 5, 7)
 SHAPE = (4, 16, 16)
 CHUNK = 32
 TRAJECTORIES, SCREENED, FINALISTS = 256, 32, 8
-SAMPLES, REFERENCES, BEST_STOCK = 2000, 2048, 3
+SAMPLES, BEST_STOCK = 2000, 3
 FINE = 200
 NOISE = 77
 """Key of the noise: not one that training draws from."""
@@ -378,7 +378,8 @@ def main() -> None:
     kept = options.json.with_suffix(".partial") if options.json else Path(tempfile.mkdtemp())
     with processes() as pool:
         bench = Bench(result, pool, kept, options)
-        real = real_features(portraits.TEST_SEEDS[SAMPLES : SAMPLES + REFERENCES])
+        references = QUICK_REFERENCES if options.quick else REFERENCES
+        real = real_features(portraits.TEST_SEEDS[SAMPLES : SAMPLES + references])
         compared = [Cell(name, "polynomial", True, nfe, train_amed.recipe(name, nfe)["steps"]) for name, nfe in learned]
         for nfe in calls_of:
             cells = [cell for cell in compared if (cell.solver, cell.nfe) == ("ipndm", nfe)]

@@ -41,7 +41,7 @@ import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from judged import features_of, real_features  # noqa: E402
+from judged import QUICK_REFERENCES, REFERENCES, features_of, real_features  # noqa: E402
 from processes import processes  # noqa: E402
 from result import Result, save  # noqa: E402
 from sphereguide.demo import judge as judging  # noqa: E402
@@ -64,9 +64,7 @@ DETAILED = (("shipped", "euler", 10), ("shipped", "euler_ancestral", 10))
 FROM_ONE = DETAILED[:1]
 """Where the grid starts at 1, and not at what the calibration found."""
 CHUNK = 40
-REAL_LATENTS = 256
 CALIBRATED_WITH = 128
-REFERENCES = 2048
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ def calibrated(model: str, name: str, steps: int, samples: int) -> Calibration:
     """What the node finds, from portraits that nothing was trained on."""
     patcher, empty, vae = loaded(model)
     with torch.inference_mode():
-        pictures = np.stack([portraits.render(seed) for seed in portraits.VALIDATION_SEEDS[:REAL_LATENTS]])
+        pictures = np.stack([portraits.render(seed) for seed in portraits.VALIDATION_SEEDS[: 2 * samples]])
         latents = vae.encode(torch.from_numpy(pictures).float() / 255)
         guider = comfy.samplers.CFGGuider(patcher)
         guider.set_conds(empty, empty)
@@ -158,11 +156,17 @@ def distances(found: np.ndarray, none: np.ndarray, real: Tensor) -> dict[str, fl
 
 class Bench:
     def __init__(
-        self, result: Result, pool: ProcessPoolExecutor, count: int, values: Sequence[float], kept: Path
+        self,
+        result: Result,
+        pool: ProcessPoolExecutor,
+        count: int,
+        values: Sequence[float],
+        kept: Path,
+        references: int = REFERENCES,
     ) -> None:
         self.result, self.pool, self.count, self.values, self.kept = result, pool, count, sorted(values), kept
         kept.mkdir(parents=True, exist_ok=True)
-        self.real = real_features(portraits.TEST_SEEDS[1000 : 1000 + REFERENCES])
+        self.real = real_features(portraits.TEST_SEEDS[1000 : 1000 + references])
 
     def features(self, cell: Cell, schedule: EpsilonSchedule | None) -> np.ndarray:
         """Of all samples of a cell, `[N, 96]`: from the disk, where an interrupted run left them."""
@@ -300,7 +304,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="euler at 10 steps, 80 samples: shows that it runs")
+    parser.add_argument("--quick", action="store_true", help="euler at 10 steps, 40 samples: shows that it runs")
     parser.add_argument("--json", type=Path, help="where to write the rows; a plot goes beside it")
     parser.add_argument("--models", nargs="+", choices=("shipped", "half-trained"), help="of the plan")
     parser.add_argument("--samplers", nargs="+", help="of the plan")
@@ -313,12 +317,13 @@ def main() -> None:
         cell for cell in PLAN if all(some is None or value in some for value, some in zip(cell, chosen, strict=True))
     ]
     if options.quick:
-        plan, options.grid, options.samples = plan[:1], [1.0, 1.05], 80
+        plan, options.grid, options.samples = plan[:1], [1.0, 1.05], 40
     settings = {"scheduler": "normal", "cfg": 1.0, "prompt": "", "n": options.samples}
     result = Result("epsilon_scaling", settings, options.json)
     kept = options.json.with_suffix(".partial") if options.json else Path(tempfile.mkdtemp())
     with processes() as pool:
-        bench = Bench(result, pool, options.samples, options.grid, kept)
+        references = QUICK_REFERENCES if options.quick else REFERENCES
+        bench = Bench(result, pool, options.samples, options.grid, kept, references)
         calibrations = [bench.calibration(*cell) for cell in plan]
         for cell, found in zip(plan, calibrations, strict=True):
             bench.cell(*cell, found.result())

@@ -37,7 +37,7 @@ import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from judged import fast_vae, real_features  # noqa: E402
+from judged import QUICK_REFERENCES, REFERENCES, fast_vae, real_features  # noqa: E402
 from processes import processes  # noqa: E402
 from result import Result, interval, save  # noqa: E402
 from sphereguide import host  # noqa: E402
@@ -54,7 +54,6 @@ from torch import Tensor  # noqa: E402
 
 TOY = "toy_portraits/"
 CHUNK = 16  # samples of a batch
-REFERENCES = 2048  # portraits that the Fréchet distance is to
 UNSEEN = range(1_001_000, 1_001_300)  # people of whom the judge's threshold is taken
 FACE_BOX = dict(zip(("box_left", "box_top", "box_right", "box_bottom"), portraits.FACE_BOX, strict=True))
 MENTIONED = ("hair_color", "glasses", "background", "clothes")
@@ -243,7 +242,7 @@ SUCCESS = {"text": "attributes found", "segmentation": "mIoU", "style": "Gram di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="8 samples at 20 steps and the default strength")
+    parser.add_argument("--quick", action="store_true", help="8 samples at 10 steps, one task: shows that it runs")
     parser.add_argument("--json", type=Path, help="where to write the rows; a plot goes beside it")
     parser.add_argument("--tasks", nargs="+", choices=SUCCESS, default=list(SUCCESS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -254,11 +253,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.tasks, options.methods = options.tasks[:1], ["DSG", "DPS"]
-    steps, count = options.steps or (20 if options.quick else 50), options.samples or (8 if options.quick else 64)
+    steps, count = options.steps or (10 if options.quick else 50), options.samples or (8 if options.quick else 64)
     seeds = list(portraits.TEST_SEEDS[:count])
     settings = {"sampler": "euler_ancestral", "scheduler": "normal", "cfg": 1.0, "steps": steps, "n": count}
     result = Result("guidance", settings, options.json)
-    real = real_features(portraits.TEST_SEEDS[1000 : 1000 + REFERENCES])
+    references = QUICK_REFERENCES if options.quick else REFERENCES
+    real = real_features(portraits.TEST_SEEDS[1000 : 1000 + references])
     print(f"{'task':14}{'method':10}{'strength':>9}{'success':>9}{'interval':>18}{'frechet':>9}")
     with processes() as pool:
         unguided = functools.cache(lambda: drawn(pool, None, "", 0.0, steps, seeds))

@@ -46,7 +46,7 @@ import_pack()
 import comfy.samplers  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from judged import fast_vae, real_features  # noqa: E402
+from judged import QUICK_REFERENCES, REFERENCES, fast_vae, real_features  # noqa: E402
 from processes import processes  # noqa: E402
 from result import Result, interval, save  # noqa: E402
 from shell import Shell  # noqa: E402
@@ -88,7 +88,6 @@ FEW_CELLS = [(sampler, "normal", nfe) for nfe in FEW_CALLS for sampler in ("eule
 FEW_CELLS += [(sampler, "amed", 6) for sampler in ("euler_ancestral", "lcm")]
 """Sampler, schedule and model calls. The predictors that lie here are of 4, 6 and 8."""
 CHUNK = 2
-REFERENCES = 2048
 DIVERSITY = {"rates": (0.0, 0.05, 0.1, 0.2, 0.4, 0.8), "measurements": 4, "each": 8, "steps": 50}
 
 DSG_PUBLISHED = {
@@ -276,13 +275,22 @@ def similarity(a: Tensor, b: Tensor) -> float:
 
 
 class Bench:
-    def __init__(self, result: Result, pool: Any, count: int, tuned_on: int = 4, tries: int = 5) -> None:
+    def __init__(
+        self,
+        result: Result,
+        pool: Any,
+        count: int,
+        tuned_on: int = 4,
+        tries: int = 5,
+        references: int = REFERENCES,
+    ) -> None:
         self.result, self.pool, self.count, self.tuned_on, self.tries = result, pool, count, tuned_on, tries
+        self.references = references
         self.judge = judging.load(toy_portraits.WEIGHTS)
 
     @functools.cached_property
     def real(self) -> Tensor:
-        return real_features(portraits.TEST_SEEDS[1000 : 1000 + REFERENCES])
+        return real_features(portraits.TEST_SEEDS[1000 : 1000 + self.references])
 
     def of(self, cell: Cell, seeds: list[int], draws: list[int]) -> Restored:
         chunks = [slice(start, start + CHUNK) for start in range(0, len(seeds), CHUNK)]
@@ -471,7 +479,7 @@ def main() -> None:
     settings = {"sampler": "euler_ancestral", "scheduler": "normal", "cfg": 1.0, "noise": NOISE, "n": options.portraits}
     result = Result("inverse", settings, options.json)
     with processes() as pool:
-        bench = Bench(result, pool, options.portraits, *((2, 2) if options.quick else ()))
+        bench = Bench(result, pool, options.portraits, *((2, 2, QUICK_REFERENCES) if options.quick else ()))
         for task in options.tasks:
             for nfe in options.nfe:
                 bench.methods(task, nfe, options.methods)

@@ -10,7 +10,10 @@ from sphereguide.demo import judge as judging
 from sphereguide.demo import portraits, toy_portraits
 from torch import Tensor
 
-__all__ = ["fast_vae", "features_of", "real_features"]
+__all__ = ["QUICK_REFERENCES", "REFERENCES", "fast_vae", "features_of", "real_features"]
+
+REFERENCES, QUICK_REFERENCES = 2048, 128
+"""Portraits that a Fréchet distance is to: with --quick too few for a figure to mean anything."""
 
 FEW = 4
 """Pictures that are decoded at once: their activations stay in a processor's cache."""

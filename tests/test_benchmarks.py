@@ -39,12 +39,8 @@ def test_results_have_their_columns(name: str) -> None:
     assert any(row.keys() >= COLUMNS[name] for row in result["rows"])
 
 
-IN_THE_SUITE = ("guidance", "posterior", "amed")
-"""The others share their parts, and a minute each is too long. SPHEREGUIDE_BENCHMARKS=1 runs them all."""
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COLUMNS if os.environ.get("SPHEREGUIDE_BENCHMARKS") else IN_THE_SUITE)
+@pytest.mark.parametrize("name", COLUMNS)
 def test_quick_run(name: str, tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     command = [sys.executable, "-B", str(ROOT / "benchmarks" / f"{name}.py"), "--quick", "--json", str(file)]
