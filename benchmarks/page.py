@@ -131,7 +131,8 @@ def epsilon_scaling(result: dict[str, Any]) -> Iterator[str]:
     """What Epsilon Scaling gains, and whether its calibration knows"""
 
     def distance(row: Row) -> str:
-        return f"{row['frechet']:.3f} ± {row['frechet_se']:.3f}" + (f" ({row['b']:.4g})" if row["b"] else "")
+        b = row["correction"] if row["k"] else f"{row['b'] or 1:.4g}"
+        return f"{row['frechet']:.3f} ± {row['frechet_se']:.3f}" + (f" ({b})" if row["b"] else "")
 
     rows = []
     for key in dict.fromkeys((row["model"], row["sampler"], row["steps"]) for row in result["rows"]):
