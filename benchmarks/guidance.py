@@ -246,7 +246,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the rows; a plot goes beside it")
     parser.add_argument("--tasks", nargs="+", choices=SUCCESS, default=list(SUCCESS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--strengths", nargs="+", type=float, help="default: three for each task and method")
+    parser.add_argument("--strengths", nargs="+", type=float, help="default: some for each task and method")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--samples", type=int)
     parser.add_argument("--save", type=Path, help="a folder for the pictures of each cell")

@@ -8,7 +8,7 @@ is restored are portraits that chose no setting, with an empty prompt; all cells
 
     settings     published: what the method's authors give for this task, unscaled. tuned: the strength that has the
                  best mean PSNR on other portraits, found in the same number of tries for each method, steps and task.
-                 grid: DSG at rates that are the same for all tasks, and auto: DSG with auto_strength 1
+                 grid: DSG at rates that are the same for all tasks, and with auto_strength 1 (DSG auto)
     nfe          model calls; DiffRGD takes four a step, so it has a quarter of the steps
     psnr, ssim   to the original, with 95 % intervals of the bootstrap
     over_dsg     PSNR less that of DSG with published settings at as many calls, paired, and its interval
@@ -457,7 +457,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             for row in rows
             if row["method"] == method and row["settings"] in ("none", "tuned") and row["nfe"] != MANY
         ]
-        right.plot(*zip(*of, strict=True), "o", markersize=4, color=f"C{color}", label=method)
+        if of:
+            right.plot(*zip(*of, strict=True), "o", markersize=4, color=f"C{color}", label=method)
     right.set(
         title="all tasks, tuned", xlabel="share of steps off the shell", ylabel="Fréchet distance", ylim=(0, None)
     )

@@ -160,7 +160,7 @@ AUTO_STRENGTH: dict[str, Any] = {
             "tooltip": (
                 "How much, where the strength is found for you: anew at each step and for each image, from how the "
                 "gradient of the loss turns. 1 goes as far as the loss falls, 0.7 stays before that, more goes beyond. "
-                "guidance_rate is then only where it begins. 0 is off: guidance_rate counts in all steps."
+                "guidance_rate is then where it begins, and at 0 still guides nothing. 0 is off: guidance_rate counts."
             ),
         },
     ),

@@ -20,6 +20,8 @@ rate γ = ½, of log tan.
 
     log tan α ← log tan α + γ·(cos(g, g_before) − (1 − κ))        κ = auto_strength; 1 seeks the minimum
 
+A weight of the loss multiplies κ. Repetitions take the angle as it is.
+
 Recurrence (time travel: FreeDoM, Yu et al., ICCV 2023, arXiv 2303.09833) repeats a step: guide it, go back by noise.
 """
 
@@ -41,8 +43,8 @@ __all__ = ["GRADIENTS", "Guidance", "guided", "on_sphere"]
 
 GAIN = 0.5
 """γ of auto strength."""
-STEEPEST = 1e3
-"""tan of the largest angle of auto strength; that of the smallest is its inverse."""
+TANGENTS = 1e-3, 10.0
+"""Of auto strength: beyond 84° a larger angle changes nothing, and would take long to come back from."""
 
 
 @dataclass(frozen=True)
@@ -100,43 +102,46 @@ class _Spherical(GuidedModel):
     """Turns the noise that follows a guided call towards the descent of the loss."""
 
     objective: Guidance
-    before: Evaluation | None = None  # of auto strength: the call that `tangent` [B] is of
+    # Of auto strength: the call that `tangent` [B] is of, and each sample's latest gradient that was one.
+    before: Evaluation | None = None
     tangent: Tensor
+    gradient: Tensor
 
     def drawn(self, noise: Tensor, sigma_next: Tensor) -> Tensor:
         return self._turned(noise, sigma_next, self.latest)
 
-    def _turned(self, noise: Tensor, sigma_next: Tensor, at: Evaluation) -> Tensor:
+    def _turned(self, noise: Tensor, sigma_next: Tensor, at: Evaluation, repeats: bool = False) -> Tensor:
         gradient, norm = at.gradient.to(noise), at.norm
         usable = norm.isfinite() & (norm > 0)
-        rate = self._rate(at)
+        rate = self._rate(at, usable, repeats)
         turned = on_sphere(noise, gradient, per_sample(rate, noise), at.free)
         turned = torch.where(per_sample(usable, noise) > 0, turned, noise)
         self.trace.record(at, sigma_next, turned, usable, rate)
         return turned
 
-    def _rate(self, at: Evaluation) -> Tensor:
+    def _rate(self, at: Evaluation, usable: Tensor, repeats: bool) -> Tensor:
         """`[B]`."""
         # tan of the angle is rate/(1 − rate), as ε and d* are orthogonal
         scale = (self.objective.rate_steps / self._steps) ** 0.5 if self.objective.rate_steps else 1.0
-        if self.objective.auto_strength:
-            tangent = at.weight * self._tangent(at, scale)
-            return tangent / (1 + tangent)
         rate = min(1.0, self.objective.guidance_rate * at.weight)
-        return torch.full_like(at.loss, scale * rate / (1 - rate + scale * rate))
-
-    def _tangent(self, at: Evaluation, scale: float) -> Tensor:
-        """tan α of auto strength, `[B]`."""
+        if not self.objective.auto_strength:
+            return torch.full_like(at.loss, scale * rate / (1 - rate + scale * rate))
         if self.before is None:
-            rate = self.objective.guidance_rate
-            self.tangent = torch.full_like(at.loss, scale * rate / max(1 - rate, 1 / STEEPEST))
-        elif self.before is not at:  # some samplers draw twice after a call
-            cosine = functional.cosine_similarity(at.gradient.flatten(1), self.before.gradient.flatten(1), eps=0.0)
-            # Not a number where a gradient is zero or not finite: that sample keeps its angle.
-            change = GAIN * torch.nan_to_num(cosine - 1 + self.objective.auto_strength)
-            self.tangent = (self.tangent * change.exp()).clamp(1 / STEEPEST, STEEPEST)
+            least, most = TANGENTS
+            self.tangent = torch.full_like(at.loss, min(most, max(least, scale * rate / max(1 - rate, least))))
+            self.before, self.gradient = at, at.gradient
+        elif self.before is not at and not repeats:  # some samplers draw twice after a call
+            self._follow(at, usable)
+        return self.tangent / (1 + self.tangent)
+
+    def _follow(self, at: Evaluation, usable: Tensor) -> None:
+        """Auto strength, where a step of the sampler's own led to `at`: that of a repetition goes elsewhere."""
+        cosine = functional.cosine_similarity(at.gradient.flatten(1), self.gradient.flatten(1), eps=0.0)
+        # Not a number where a gradient is zero or not finite: that sample keeps its angle.
+        change = GAIN * torch.nan_to_num(cosine - 1 + self.objective.auto_strength * at.weight)
+        self.tangent = (self.tangent * change.exp()).clamp(*TANGENTS)
         self.before = at
-        return self.tangent
+        self.gradient = torch.where(per_sample(usable, at.gradient) > 0, at.gradient, self.gradient)
 
     @functools.cached_property
     def _steps(self) -> float:
@@ -151,7 +156,7 @@ class _Spherical(GuidedModel):
             self.repeat(x, sigma, self.objective.recurrence, self._guided, **extra_args)
 
     def _guided(self, noise: Tensor, sigma_next: Tensor, at: Evaluation) -> tuple[Tensor, float]:
-        return self._turned(noise, sigma_next, at), 0.0
+        return self._turned(noise, sigma_next, at, repeats=True), 0.0
 
     @functools.cached_property
     def _repeated_range(self) -> tuple[float, float]:
