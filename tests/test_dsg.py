@@ -618,3 +618,28 @@ def test_auto_strength_stays_in_range_however_long_it_runs(model, rate):
     latent, trace = run(model, settings=settings, steps=100, scheduler="karras")
     rates = torch.tensor([step.rate for step in trace.steps])
     assert latent.isfinite().all() and ((rates > 0) & (rates < 1)).all()
+
+
+class Flickering(Remembering):
+    """Without a gradient for the second sample at every second step."""
+
+    def forward(self, latents: Tensor, step: Step | None = None) -> Tensor:
+        self.second = float(step.index % 2 == 0)
+        return super().forward(latents, step)
+
+
+def test_a_gradient_that_is_missing_at_times_is_followed_where_it_is_there(model):
+    loss = Flickering()
+    _, trace = run(model, loss=loss, settings={"auto_strength": 1.0, "gradient": "fast"}, batch=2)
+    kept = [i for i in range(len(trace.steps)) if i % 2 == 0]
+    tangent = 0.2 / 0.8
+    for before, after in itertools.pairwise(kept):
+        tangent *= math.exp(0.5 * float((loss.seen[before][1] * loss.seen[after][1]).sum()))
+        assert trace.steps[after].rate[1] == pytest.approx(tangent / (1 + tangent), rel=1e-4)
+
+
+def test_repetitions_take_the_angle_of_auto_strength_as_it_is(model):
+    _, trace = run(model, settings={"auto_strength": 1.0, "recurrence": 2}, scheduler="karras", steps=12)
+    steps = [[entry.rate[0] for entry in trace.steps if entry.step == step] for step in range(2, 10)]
+    assert all(len(rates) == 3 for rates in steps)
+    assert all(rates[0] == rates[1] != rates[2] for rates in steps)  # the step's own call comes last

@@ -106,7 +106,7 @@ def test_the_report_shows_rates_where_they_differ():
 
     same, plain, _ = reported(guidance_rate=0.2, rate_steps=0)
     other, found, rates = reported(guidance_rate=0.2, rate_steps=0, auto_strength=1.0)
-    assert "guidance_rate" not in plain and same.shape == other.shape
+    assert "guidance_rate" not in plain
     for line, own in zip(found.splitlines()[1:], rates, strict=True):
         assert own[0] == pytest.approx(0.2) and f"guidance_rate {min(own):.2g} to {max(own):.2g}" in line
     frames = [int(((image[0, 180] < 0.3).all(-1)).sum()) for image in (same, other)]  # left and right of each plot
