@@ -69,16 +69,18 @@ def guidance(result: dict[str, Any]) -> Iterator[str]:
 
 def inverse(result: dict[str, Any]) -> Iterator[str]:
     """What guidance restores, with published and with tuned settings"""
+
+    def quality(row: Row) -> tuple[str, ...]:
+        psnr = f"{row['psnr']:.2f} {bracketed(row['psnr_interval'], 2)}"
+        return f"{row['strength']:.3g}", psnr, f"{row['ssim']:.3f}", f"{row['frechet']:.3f}"
+
     rows = [
         (
             row["task"],
             str(row["nfe"]),
             row["method"],
             row["settings"],
-            f"{row['strength']:.3g}",
-            f"{row['psnr']:.2f} {bracketed(row['psnr_interval'], 2)}",
-            f"{row['ssim']:.3f}",
-            f"{row['frechet']:.3f}",
+            *quality(row),
             f"{row['off_shell']:.0%}",
             str(row["n"]),
         )
@@ -90,10 +92,7 @@ def inverse(result: dict[str, Any]) -> Iterator[str]:
     rows = [
         (
             *(str(row[key]) for key in ("task", "nfe", "sampler", "schedule", "method")),
-            f"{row['strength']:.3g}",
-            f"{row['psnr']:.2f} {bracketed(row['psnr_interval'], 2)}",
-            f"{row['ssim']:.3f}",
-            f"{row['frechet']:.3f}",
+            *quality(row),
             str(row["n"]),
         )
         for row in result["rows"]
