@@ -20,9 +20,7 @@ import argparse
 import functools
 import itertools
 import json
-import shutil
 import sys
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -39,7 +37,7 @@ import_pack()
 import comfy.samplers  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from judged import QUICK_REFERENCES, REFERENCES, features_of, real_features  # noqa: E402
+from judged import features_of, real_features  # noqa: E402
 from processes import processes  # noqa: E402
 from result import Result, save  # noqa: E402
 from sphereguide import host  # noqa: E402
@@ -190,9 +188,8 @@ def stock(nfe: int, samplers: int | None) -> list[Cell]:
 
 
 class Bench:
-    def __init__(self, result: Result, pool: ProcessPoolExecutor, kept: Path, options: argparse.Namespace) -> None:
-        self.result, self.pool, self.kept, self.options = result, pool, kept, options
-        kept.mkdir(parents=True, exist_ok=True)
+    def __init__(self, result: Result, pool: ProcessPoolExecutor, options: argparse.Namespace) -> None:
+        self.result, self.pool, self.options = result, pool, options
 
     @functools.cached_property
     def reference(self) -> Tensor:
@@ -202,10 +199,11 @@ class Bench:
 
     def gathered(self, function: Any, cell: Cell, count: int) -> Tensor:
         """`function` of the first `count` trajectories: from the disk, where an interrupted run left it."""
-        path = self.kept / f"{function.__name__}_{cell.name}_{count}.npy"
+        path = self.result.folder / f"{function.__name__}_{cell.name}_{count}.npy"
         if not path.exists():
             starts = range(0, count, CHUNK)
-            jobs = [self.pool.submit(function, cell, start, min(CHUNK, count - start), self.kept) for start in starts]
+            kept = self.result.folder
+            jobs = [self.pool.submit(function, cell, start, min(CHUNK, count - start), kept) for start in starts]
             np.save(path, torch.cat([job.result() for job in jobs]).numpy())
         return torch.from_numpy(np.load(path))
 
@@ -223,7 +221,8 @@ class Bench:
             again = [rms(each[rng.integers(len(each), size=len(each))]) for _ in range(200)]
             found = {"rmse": rms(each), "rmse_se": float(np.std(again)), "median": float(np.median(each))}
             if cell.learned:
-                found["train_seconds"] = files.load(predictor_file(cell.solver, cell.nfe, self.kept)).settings.seconds
+                learnt = predictor_file(cell.solver, cell.nfe, self.result.folder)
+                found["train_seconds"] = files.load(learnt).settings.seconds
             found = {key: round(value, 5) for key, value in found.items()} | {"n": len(each)}
             if row is None:
                 row = dict(cell.key)
@@ -243,7 +242,7 @@ class Bench:
 
     def best_stock(self, nfe: int) -> list[Cell]:
         """All of the host on a few trajectories, the best on all; of these each sampler once, the nearest first."""
-        listed = self.kept / f"stock_{nfe}.json"
+        listed = self.result.folder / f"stock_{nfe}.json"
         if not listed.exists():
             every = self.pool.submit(stock, nfe, self.options.stock).result()
             listed.write_text(json.dumps([asdict(cell) for cell in every]))
@@ -374,12 +373,10 @@ def main() -> None:
         learned, calls_of = [("ipndm", 4)], NFE[:1]
         options.trajectories, options.samples, options.fine = 16, 64, 40
     settings = {"cfg": 1.0, "trajectories": options.trajectories, "samples": options.samples, "fine": options.fine}
-    result = Result("amed", settings, options.json)
-    kept = options.json.with_suffix(".partial") if options.json else Path(tempfile.mkdtemp())
+    result = Result("amed", settings, options.json, options.quick)
     with processes() as pool:
-        bench = Bench(result, pool, kept, options)
-        references = QUICK_REFERENCES if options.quick else REFERENCES
-        real = real_features(portraits.TEST_SEEDS[SAMPLES : SAMPLES + references])
+        bench = Bench(result, pool, options)
+        real = real_features(SAMPLES, options.quick)
         compared = [Cell(name, "polynomial", True, nfe, train_amed.recipe(name, nfe)["steps"]) for name, nfe in learned]
         for nfe in calls_of:
             cells = [cell for cell in compared if (cell.solver, cell.nfe) == ("ipndm", nfe)]
@@ -390,19 +387,18 @@ def main() -> None:
             for cell in (*cells, *bench.best_stock(nfe)[:BEST_STOCK]):
                 bench.frechet(cell, real)
         # What takes a training comes last.
-        for job in [pool.submit(learn, *one, kept) for one in learned]:
+        for job in [pool.submit(learn, *one, result.folder) for one in learned]:
             job.result()
         for cell in compared:
             bench.row(cell)
             if cell.solver == "ipndm":
                 bench.frechet(cell, real)
-    share = overhead(files.load(predictor_file("ipndm", learned[0][1], kept)))
+    share = overhead(files.load(predictor_file("ipndm", learned[0][1], result.folder)))
     print(f"Of the time of a model call, beyond what euler takes: {share:.2%}")
     result.add({"solver": "overhead", "ratio": round(share, 5)})
     result.finish()
     if options.json:
         draw([row for row in result.rows if row.get("n") == options.trajectories], options.json.with_suffix(".png"))
-        shutil.rmtree(kept)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import argparse
 import functools
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -41,7 +40,7 @@ import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from judged import QUICK_REFERENCES, REFERENCES, features_of, real_features  # noqa: E402
+from judged import features_of, real_features  # noqa: E402
 from processes import processes  # noqa: E402
 from result import Result, save  # noqa: E402
 from sphereguide.demo import judge as judging  # noqa: E402
@@ -163,17 +162,15 @@ class Bench:
         pool: ProcessPoolExecutor,
         count: int,
         values: Sequence[float],
-        kept: Path,
-        references: int = REFERENCES,
+        quick: bool = False,
     ) -> None:
-        self.result, self.pool, self.count, self.values, self.kept = result, pool, count, sorted(values), kept
-        kept.mkdir(parents=True, exist_ok=True)
-        self.real = real_features(portraits.TEST_SEEDS[1000 : 1000 + references])
+        self.result, self.pool, self.count, self.values = result, pool, count, sorted(values)
+        self.real = real_features(1000, quick)
 
     def features(self, cell: Cell, schedule: EpsilonSchedule | None) -> np.ndarray:
         """Of all samples of a cell, `[N, 96]`: from the disk, where an interrupted run left them."""
         factors = zlib.crc32(repr(schedule).encode())  # those that are fitted may change with the code
-        path = self.kept / ("_".join(map(str, [*asdict(cell).values(), self.count, factors])) + ".npy")
+        path = self.result.folder / ("_".join(map(str, [*asdict(cell).values(), self.count, factors])) + ".npy")
         if not path.exists():
             starts = range(0, self.count, CHUNK)
             jobs = [self.pool.submit(features, cell, schedule, start) for start in starts]
@@ -225,7 +222,7 @@ class Bench:
 
     def calibration(self, model: str, name: str, steps: int) -> Future[Calibration]:
         """What the node finds: in the background, and from the disk, where an interrupted run left it."""
-        path = self.kept / f"calibration_{model}_{name}_{steps}.pickle"
+        path = self.result.folder / f"calibration_{model}_{name}_{steps}.pickle"
         return self.pool.submit(kept_calibration, path, model, name, steps, min(CALIBRATED_WITH, self.count // 4))
 
     def cell(self, model: str, name: str, steps: int, found: Calibration) -> None:
@@ -321,11 +318,9 @@ def main() -> None:
     if options.quick:
         plan, options.grid, options.samples = plan[:1], [1.0, 1.05], 40
     settings = {"scheduler": "normal", "cfg": 1.0, "prompt": "", "n": options.samples}
-    result = Result("epsilon_scaling", settings, options.json)
-    kept = options.json.with_suffix(".partial") if options.json else Path(tempfile.mkdtemp())
+    result = Result("epsilon_scaling", settings, options.json, options.quick)
     with processes() as pool:
-        references = QUICK_REFERENCES if options.quick else REFERENCES
-        bench = Bench(result, pool, options.samples, options.grid, kept, references)
+        bench = Bench(result, pool, options.samples, options.grid, options.quick)
         calibrations = [bench.calibration(*cell) for cell in plan]
         for cell, found in zip(plan, calibrations, strict=True):
             bench.cell(*cell, found.result())
@@ -336,7 +331,6 @@ def main() -> None:
     result.finish()
     if options.json:
         draw(result.rows, options.json.with_suffix(".png"))
-        shutil.rmtree(kept)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from judged import QUICK_REFERENCES, REFERENCES, fast_vae, real_features  # noqa: E402
+from judged import fast_vae, real_features  # noqa: E402
 from processes import processes  # noqa: E402
 from result import Result, interval, save  # noqa: E402
 from sphereguide import host  # noqa: E402
@@ -256,9 +256,8 @@ def main() -> None:
     steps, count = options.steps or (10 if options.quick else 50), options.samples or (8 if options.quick else 64)
     seeds = list(portraits.TEST_SEEDS[:count])
     settings = {"sampler": "euler_ancestral", "scheduler": "normal", "cfg": 1.0, "steps": steps, "n": count}
-    result = Result("guidance", settings, options.json)
-    references = QUICK_REFERENCES if options.quick else REFERENCES
-    real = real_features(portraits.TEST_SEEDS[1000 : 1000 + references])
+    result = Result("guidance", settings, options.json, options.quick)
+    real = real_features(1000, options.quick)
     print(f"{'task':14}{'method':10}{'strength':>9}{'success':>9}{'interval':>18}{'frechet':>9}")
     with processes() as pool:
         unguided = functools.cache(lambda: drawn(pool, None, "", 0.0, steps, seeds))

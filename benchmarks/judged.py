@@ -10,10 +10,7 @@ from sphereguide.demo import judge as judging
 from sphereguide.demo import portraits, toy_portraits
 from torch import Tensor
 
-__all__ = ["QUICK_REFERENCES", "REFERENCES", "fast_vae", "features_of", "real_features"]
-
-REFERENCES, QUICK_REFERENCES = 2048, 128
-"""Portraits that a Fréchet distance is to: with --quick too few for a figure to mean anything."""
+__all__ = ["fast_vae", "features_of", "real_features"]
 
 FEW = 4
 """Pictures that are decoded at once: their activations stay in a processor's cache."""
@@ -41,6 +38,10 @@ def features_of(latents: Tensor) -> Tensor:
     return _judge().of(pictures.movedim(-1, 1).clone()).features
 
 
-def real_features(seeds: range) -> Tensor:
-    """Of portraits that were never a latent, `[N, 96]`."""
+def real_features(first: int, quick: bool) -> Tensor:
+    """Of test portraits that were never a latent, from that number on, `[N, 96]`.
+
+    A Fréchet distance is to 2048 of them; with --quick to too few for a figure to mean anything.
+    """
+    seeds = portraits.TEST_SEEDS[first : first + (128 if quick else 2048)]
     return _judge().of(judging.to_tensor(portraits.dataset(seeds)["images"])).features

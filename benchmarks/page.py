@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGE = RESULTS.parent / "README.md"
 
@@ -108,6 +110,48 @@ def inverse(result: dict[str, Any]) -> Iterator[str]:
     ]
     yield "\n\nDSG, pictures of one measurement and different noise:\n\n"
     yield table(("guidance_rate", "RMS distance between them", "PSNR, dB"), rows)
+
+
+def auto_strength(inverse: dict[str, Any], guidance: dict[str, Any]) -> Iterator[str]:
+    """Whether auto_strength spares looking for a guidance_rate"""
+    gains: dict[str, dict[str, np.ndarray]] = {}
+    for result, score in ((inverse, "each"), (guidance, "score")):
+        for row in result["rows"]:
+            compared = row.get("settings", "grid") in ("grid", "none") and row["nfe"] == 50 and score in row
+            if compared and row["method"] in ("unguided", "DSG", "DSG auto"):
+                name = "auto" if row["method"] == "DSG auto" else f"{row['strength']:g}"
+                gains.setdefault(row["task"], {})[name] = np.array(row[score])
+    for of_task in gains.values():
+        unguided = of_task.pop("0")
+        for name in of_task:
+            of_task[name] = of_task[name] - unguided
+    rates = sorted(name for name in next(iter(gains.values())) if name != "auto")
+    names = [*rates, "auto"]
+    generator = np.random.default_rng(0)
+    again, shares, rows = [], [], []
+
+    def line(task: str, best: str, shares: Sequence[float], again: np.ndarray, count: str) -> tuple[str, ...]:
+        interval = np.quantile(again[-1], (0.025, 0.975))
+        return task, best, *(f"{share:.0%}" for share in shares), bracketed(100 * interval, 0) + " %", count
+
+    for task, of_task in gains.items():
+        means = {name: gain.mean() for name, gain in of_task.items()}
+        best = max(rates, key=means.__getitem__)
+        count = len(of_task[best])
+        picks = generator.integers(count, size=(2000, count))
+        # [names, 2000]: the share of the best rate's gain that each reaches, of the same samples
+        again.append(np.stack([of_task[name][picks].mean(1) / of_task[best][picks].mean(1) for name in names]))
+        shares.append([means[name] / means[best] for name in names])
+        rows.append(line(task, best, shares[-1], again[-1], str(count)))
+    rows.append(line("mean", "", np.mean(shares, 0), np.mean(again, 0), ""))
+    yield "What 50 steps of DSG gain over unguided ones, with one guidance_rate for all tasks or with auto_strength "
+    yield "1, as a share of what the task's best rate gains. Measured is PSNR, and where networks guide, each sample's "
+    yield "score.\n\n"
+    yield table(("task", "best rate", *names, "auto, 95 %", "n"), rows)
+    single = int(np.argmax(np.mean(shares, 0)[:-1]))
+    over = np.mean(shares, 0)[-1] - np.mean(shares, 0)[single]
+    interval = np.quantile(np.mean(again, 0)[-1] - np.mean(again, 0)[single], (0.025, 0.975))
+    yield f"\n\nauto less the best single rate, {names[single]}: {over:+.0%} {bracketed(100 * interval, 0)} %."
 
 
 def posterior(result: dict[str, Any]) -> Iterator[str]:
@@ -231,35 +275,38 @@ def endurance(result: dict[str, Any]) -> Iterator[str]:
     yield table(("of the server", "mean", "what 100 prompts add, 95 %", "n"), rows)
 
 
-SECTIONS: tuple[tuple[Callable[[dict[str, Any]], Iterator[str]], str], ...] = (
-    (demo, "demo"),
-    (guidance, "bench guidance"),
-    (inverse, "bench inverse"),
-    (posterior, "bench posterior"),
-    (epsilon_scaling, "bench epsilon_scaling"),
-    (amed, "bench amed"),
-    (cost, "bench cost"),
-    (endurance, "bench endurance"),
+SECTIONS: tuple[tuple[Callable[..., Iterator[str]], tuple[str, ...]], ...] = (
+    (demo, ("demo_report",)),
+    (guidance, ("guidance",)),
+    (inverse, ("inverse",)),
+    (auto_strength, ("inverse", "guidance")),
+    (posterior, ("posterior",)),
+    (epsilon_scaling, ("epsilon_scaling",)),
+    (amed, ("amed",)),
+    (cost, ("cost",)),
+    (endurance, ("endurance",)),
 )
+"""What is shown, and the results that it is of."""
 
 
 def page() -> str:
     """Of the results that there are."""
     parts = [HEAD]
-    for section, command in SECTIONS:
-        name = section.__name__
-        file = RESULTS / ("demo_report.json" if name == "demo" else f"{name}.json")
-        if not file.exists():
+    for section, names in SECTIONS:
+        files = [RESULTS / f"{name}.json" for name in names]
+        if not all(file.exists() for file in files):
             continue
-        result = json.loads(file.read_text(encoding="utf-8"))
-        made = f"python quickstart.py {command}" + ("" if name == "demo" else f" --json benchmarks/results/{file.name}")
-        links = [f"[{file.name}](results/{file.name})"]
-        if (plot := file.with_suffix(".png")).exists():
-            links.append(f"[plot](results/{plot.name})")
-        host = result["host"]
-        versions = f"ComfyUI {host['comfyui']}, torch {host.get('torch') or result['machine']['torch']}"
-        parts.append(f"\n## {section.__doc__}\n\n`{made}` · {' · '.join(links)} · {versions}\n\n")
-        parts.append("".join(section(result)) + "\n")
+        results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        about = []
+        for name, file in zip(names, files, strict=True):
+            made = "demo" if section is demo else f"bench {name} --json benchmarks/results/{file.name}"
+            about += [f"`python quickstart.py {made}`", f"[{file.name}](results/{file.name})"]
+            if (plot := file.with_suffix(".png")).exists():
+                about.append(f"[plot](results/{plot.name})")
+        host = results[0]["host"]
+        about.append(f"ComfyUI {host['comfyui']}, torch {host.get('torch') or results[0]['machine']['torch']}")
+        parts.append(f"\n## {section.__doc__}\n\n{' · '.join(about)}\n\n")
+        parts.append("".join(section(*results)) + "\n")
     return "".join(parts)
 
 

@@ -67,6 +67,10 @@ def _dsg(sampler: comfy.samplers.KSAMPLER, loss: Loss, strength: float, trace: G
     return guided(sampler, Guidance(loss, guidance_rate=strength), trace)
 
 
+def _auto(sampler: comfy.samplers.KSAMPLER, loss: Loss, strength: float, trace: GuidanceTrace) -> Any:
+    return guided(sampler, Guidance(loss, auto_strength=strength), trace)
+
+
 def _freedom(sampler: comfy.samplers.KSAMPLER, loss: Loss, strength: float, trace: GuidanceTrace) -> Any:
     return unified_guided(sampler, Unified(loss, preset="FreeDoM", rho=strength), trace)
 
@@ -82,12 +86,13 @@ def _diffrgd(sampler: comfy.samplers.KSAMPLER, loss: Loss, strength: float, trac
 METHODS: dict[str, tuple[Method, tuple[float, ...]]] = {
     "DPS": (_dps, (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)),
     "DSG": (_dsg, (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)),
+    "DSG auto": (_auto, (0.3, 0.5, 0.7, 1.0, 1.5, 2.5)),
     "FreeDoM": (_freedom, (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)),
     "TFG": (_tfg, (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)),
     "DiffRGD": (_diffrgd, (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)),
 }
-"""How to guide, and the strengths to choose from: ζ of DPS, g_r of DSG, ρ of FreeDoM (without time travel), ρ = μ of
-TFG, η of DiffRGD (three descents a step)."""
+"""How to guide, and the strengths to choose from: ζ of DPS, g_r of DSG, its auto_strength, ρ of FreeDoM (without
+time travel), ρ = μ of TFG, η of DiffRGD (three descents a step)."""
 
 
 @dataclass(frozen=True)
@@ -263,7 +268,8 @@ def main() -> None:
     options = parser.parse_args()
     dims, steps_of = ([8, 80], STEPS[1:]) if options.quick else ([*SHAPES], STEPS)
     settings = {"sampler": "euler_ancestral", "scheduler": "normal", "modes": MODES, "std": STD, "noise": NOISE}
-    result = Result("posterior", {**settings, "measurements": MEASURED_ON, "samples": EACH}, options.json)
+    settings |= {"measurements": MEASURED_ON, "samples": EACH}
+    result = Result("posterior", settings, options.json, options.quick)
     print(f"{'':33}calls strength  wasserst.  floor   mean    std  weights  radius  off shell")
     with processes() as pool:
         for task in TASKS:

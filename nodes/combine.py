@@ -98,8 +98,8 @@ class ScheduleLoss(_LossOfLosses):
                         "max": 10.0,
                         "step": 0.05,
                         "tooltip": (
-                            "The largest weight of the curve. Alone it multiplies the guidance rate, in Combine Losses "
-                            "the weight there."
+                            "The largest weight of the curve. Alone it multiplies the guidance rate, or auto_strength "
+                            "where that is set; in Combine Losses the weight there."
                         ),
                     },
                 ),
