@@ -42,7 +42,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from judged import features_of, real_features  # noqa: E402
 from processes import processes  # noqa: E402
-from result import Result, save  # noqa: E402
+from result import A_PART, Result, save  # noqa: E402
 from sphereguide.demo import judge as judging  # noqa: E402
 from sphereguide.demo import portraits, toy_portraits  # noqa: E402
 from sphereguide.samplers.calibration import Calibration, calibrate  # noqa: E402
@@ -326,7 +326,7 @@ def main() -> None:
             bench.cell(*cell, found.result())
     verdicts(result.rows)
     if len(plan) < len(PLAN) and not options.quick:
-        print("A part of the plan: the rows are kept, and a run of the whole plan takes them over.")
+        print(A_PART)
         return
     result.finish()
     if options.json:

@@ -48,7 +48,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from judged import fast_vae, real_features  # noqa: E402
 from processes import processes  # noqa: E402
-from result import Result, interval, save  # noqa: E402
+from result import A_PART, Result, interval, save  # noqa: E402
 from shell import Shell  # noqa: E402
 from skimage.metrics import structural_similarity  # noqa: E402
 from sphereguide import host  # noqa: E402
@@ -478,9 +478,12 @@ def main() -> None:
                 bench.methods(task, nfe, options.methods)
             if "DSG" in options.methods and not options.quick:
                 bench.few_steps(task)
-        if not options.quick:
+        if not options.quick and "DSG" in options.methods:
             bench.diversity(TASKS[0])
             bench.many_steps(TASKS[0], [name for name in ("DSG", "DPS", "FreeDoM") if name in options.methods])
+    if not options.quick and (options.tasks, options.methods, options.nfe) != (list(TASKS), list(METHODS), list(NFE)):
+        print(A_PART)
+        return
     result.finish()
     if options.json and not options.quick:
         draw(result.rows, options.json.with_suffix(".png"))

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Result", "interval", "machine", "save"]
+__all__ = ["A_PART", "Result", "interval", "machine", "save"]
+
+A_PART = "A part of the plan: the rows are kept, and a run of the whole plan takes them over."
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
