@@ -56,7 +56,7 @@ PLAN = (
     ("shipped", "euler", 20),
     *(("half-trained", name, 10) for name in ("euler_ancestral", "euler")),
     *(("shipped", name, 20) for name in ("euler_ancestral", "heun")),
-    *(("shipped", name, 50) for name in ("euler", "euler_ancestral")),
+    *(("shipped", name, 50) for name in ("euler", "euler_ancestral", "heun")),
 )
 GRID = (0.95, 0.98, 1.0, 1.02, 1.05, 1.08, 1.11, 1.14, 1.17, 1.2)
 FITTED = ("uniform", "linear", "measured")
