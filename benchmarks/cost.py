@@ -115,6 +115,7 @@ def bare() -> comfy.samplers.KSAMPLER:
                 torch.autograd.grad(denoised.square().sum(), x)
             return denoised.detach()
 
+        call.inner_model = model.inner_model  # type: ignore[attr-defined]  # where newer samplers look for the model
         with differentiable(host.base_model(model)):
             return base.sampler_function(call, x, sigmas, extra_args=extra_args, **kwargs)
 
