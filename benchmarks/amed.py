@@ -199,10 +199,10 @@ class Bench:
 
     def gathered(self, function: Any, cell: Cell, count: int) -> Tensor:
         """`function` of the first `count` trajectories: from the disk, where an interrupted run left it."""
-        path = self.result.folder / f"{function.__name__}_{cell.name}_{count}.npy"
+        kept = self.result.folder
+        path = kept / f"{function.__name__}_{cell.name}_{count}.npy"
         if not path.exists():
             starts = range(0, count, CHUNK)
-            kept = self.result.folder
             jobs = [self.pool.submit(function, cell, start, min(CHUNK, count - start), kept) for start in starts]
             np.save(path, torch.cat([job.result() for job in jobs]).numpy())
         return torch.from_numpy(np.load(path))

@@ -273,8 +273,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the rows; a plot goes beside it")
     options = parser.parse_args()
 
-    settings = {"quick": options.quick, "sampler": "euler_ancestral", "batch": 1, "dtype": "float32"}
-    result = Result("cost", settings, options.json)
+    settings = {"sampler": "euler_ancestral", "batch": 1, "dtype": "float32"}
+    result = Result("cost", settings, options.json, options.quick)
     print(
         f"{'model':14} {'kind':6} {'gradient':10} {'cfg':>3} {'every':>5} {'ckpt':>5} {'ratio':>7} {'ms':>9} {'MB':>8} "
         f"{'unguided':>9}"

@@ -143,15 +143,16 @@ def auto_strength(inverse: dict[str, Any], guidance: dict[str, Any]) -> Iterator
         again.append(np.stack([of_task[name][picks].mean(1) / of_task[best][picks].mean(1) for name in names]))
         shares.append([means[name] / means[best] for name in names])
         rows.append(line(task, best, shares[-1], again[-1], str(count)))
-    rows.append(line("mean", "", np.mean(shares, 0), np.mean(again, 0), ""))
+    mean, mean_again = np.mean(shares, 0), np.mean(again, 0)
+    rows.append(line("mean", "", mean, mean_again, ""))
     yield "What 50 steps of DSG gain over unguided ones, with one guidance_rate for all tasks or with auto_strength "
     yield "1, as a share of what the task's best rate gains. Measured is PSNR, and where networks guide, each sample's "
     yield "score.\n\n"
     yield table(("task", "best rate", *names, "auto, 95 %", "n"), rows)
-    single = int(np.argmax(np.mean(shares, 0)[:-1]))
-    over = np.mean(shares, 0)[-1] - np.mean(shares, 0)[single]
-    interval = np.quantile(np.mean(again, 0)[-1] - np.mean(again, 0)[single], (0.025, 0.975))
-    yield f"\n\nauto less the best single rate, {names[single]}: {over:+.0%} {bracketed(100 * interval, 0)} %."
+    single = int(np.argmax(mean[:-1]))
+    interval = np.quantile(mean_again[-1] - mean_again[single], (0.025, 0.975))
+    yield f"\n\nauto less the best single rate, {names[single]}: "
+    yield f"{mean[-1] - mean[single]:+.0%} {bracketed(100 * interval, 0)} %."
 
 
 def posterior(result: dict[str, Any]) -> Iterator[str]:

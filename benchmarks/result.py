@@ -60,7 +60,8 @@ class Result:
         self.rows: list[dict[str, Any]] = []
         self.path = path
         self.partial = path.with_suffix(".partial.json") if path else None
-        self._folder = path.with_suffix(".partial") if path else Path(tempfile.mkdtemp())
+        self._temporary = None if path else tempfile.TemporaryDirectory()  # goes with this object
+        self._folder = path.with_suffix(".partial") if path else Path(self._temporary.name)
         earlier = json.loads(self.partial.read_text()) if self.partial and self.partial.exists() else {}
         if {**earlier, "rows": []} == {**self.head, "rows": []}:
             self.rows = earlier["rows"]
