@@ -168,7 +168,7 @@ METHODS: dict[str, tuple[type, str, dict[str, Any]]] = {
     "DPS": (DPSGuidance, "step_size", {}),
     "FreeDoM": (TFGGuidance, "rho", {"preset": "FreeDoM"}),
 }
-OF_DSG = {"DSG": (0.1, 0.2, 0.3, 0.45), "DSG auto": (1.0,)}
+OF_DSG = {"DSG": (0.1, 0.2, 0.3, 0.4), "DSG auto": (1.0,)}
 STRENGTHS: dict[str, dict[str, tuple[float, ...]]] = {
     "text": {**OF_DSG, "DPS": (1.0, 3.0, 10.0), "FreeDoM": (1.0, 3.0, 10.0)},
     "segmentation": {**OF_DSG, "DPS": (1.0, 3.0, 10.0), "FreeDoM": (1.0, 3.0, 10.0)},
