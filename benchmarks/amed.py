@@ -331,11 +331,12 @@ def outside(sampler: comfy.samplers.KSAMPLER, sigmas: Tensor) -> float:
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
+    most = max(row.get("n", 0) for row in rows)
     figure = Figure(figsize=(9, 3.6), dpi=100, layout="constrained")
     for axes, value, title in zip(
         figure.subplots(1, 2), ("rmse", "frechet"), ("RMSE to 200 Heun steps", "Fréchet distance"), strict=True
     ):
-        known = [row for row in rows if value in row]
+        known = [row for row in rows if row.get("n") == most and value in row]
         for learned, even, label in ((True, 0, "AMED, iPNDM"), (True, 1, "AMED, iPNDM, AFS"), (False, 0, ALONE)):
             solver = ALONE if not learned else "ipndm"
             points = [
@@ -396,9 +397,7 @@ def main() -> None:
     share = overhead(files.load(predictor_file("ipndm", learned[0][1], result.folder)))
     print(f"Of the time of a model call, beyond what euler takes: {share:.2%}")
     result.add({"solver": "overhead", "ratio": round(share, 5)})
-    result.finish()
-    if options.json:
-        draw([row for row in result.rows if row.get("n") == options.trajectories], options.json.with_suffix(".png"))
+    result.finish(draw)
 
 
 if __name__ == "__main__":

@@ -263,7 +263,6 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set(title=name, xlabel="time of a guided / an unguided step")
         axes.margins(x=0.15)
-    path.parent.mkdir(parents=True, exist_ok=True)
     save(figure, path)
 
 
@@ -306,9 +305,7 @@ def main() -> None:
                     f"{bench.name}: the wrapper's own share of a full step {row['wrapper_share']:.1%}; once a run "
                     f"{row['setup_ms']} ms"
                 )
-    result.finish()
-    if options.json:
-        draw(result.rows, options.json.with_suffix(".png"))
+    result.finish(draw)
 
 
 if __name__ == "__main__":

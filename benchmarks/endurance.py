@@ -141,15 +141,14 @@ def main() -> None:
     for row in found:
         print(f"{row['slope']:16} {row['value']:+.4f} a prompt, {row['low']:+.4f} to {row['high']:+.4f}")
     result.rows += [*rows, *found]
-    result.finish()
-    if options.json:
-        draw(rows, options.json.with_suffix(".png"))
+    result.finish(draw)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
     from result import save
 
+    rows = [row for row in rows if "prompt" in row]
     figure = Figure(figsize=(12, 3.6), dpi=110, layout="constrained")
     titles = {"rss_mb": "memory of the server, MB", "seconds": "seconds", "handles": "open handles"}
     for axes, (name, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):

@@ -42,7 +42,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from judged import features_of, real_features  # noqa: E402
 from processes import processes  # noqa: E402
-from result import A_PART, Result, save  # noqa: E402
+from result import Result, save  # noqa: E402
 from sphereguide.demo import judge as judging  # noqa: E402
 from sphereguide.demo import portraits, toy_portraits  # noqa: E402
 from sphereguide.samplers.calibration import Calibration, calibrate  # noqa: E402
@@ -325,12 +325,7 @@ def main() -> None:
         for cell, found in zip(plan, calibrations, strict=True):
             bench.cell(*cell, found.result())
     verdicts(result.rows)
-    if len(plan) < len(PLAN) and not options.quick:
-        print(A_PART)
-        return
-    result.finish()
-    if options.json:
-        draw(result.rows, options.json.with_suffix(".png"))
+    result.finish(draw, len(plan) == len(PLAN))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from judged import fast_vae, real_features  # noqa: E402
 from processes import processes  # noqa: E402
-from result import A_PART, Result, interval, save  # noqa: E402
+from result import Result, interval, save  # noqa: E402
 from sphereguide import host  # noqa: E402
 from sphereguide.demo import judge as judging  # noqa: E402
 from sphereguide.demo import portraits, toy_portraits  # noqa: E402
@@ -282,12 +282,7 @@ def main() -> None:
                 found = f"{row['success']:9.3f}{low:9.3f} {high:8.3f}{row['frechet']:9.3f}"
                 print(f"{task:14}{method:10}{strength:9g}{found}", flush=True)
     chosen = (options.tasks, options.methods, options.strengths)
-    if not options.quick and chosen != (list(SUCCESS), list(METHODS), None):
-        print(A_PART)
-        return
-    result.finish()
-    if options.json and not options.quick:
-        draw(result.rows, options.json.with_suffix(".png"))
+    result.finish(draw, chosen == (list(SUCCESS), list(METHODS), None))
 
 
 def measured(cell: dict[str, Any], made: Tensor, seeds: list[int], real: Tensor) -> dict[str, Any]:

@@ -249,7 +249,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                         for row in rows
                         if (row["task"], row["method"], row["steps"]) == (task, method, steps)
                     ]
-                    axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, color=f"C{color}")
+                    x, y = np.array(points).reshape(-1, 2).T
+                    axes.plot(x, y, style, marker="o", markersize=3, color=f"C{color}")
                 axes.plot([], [], color=f"C{color}", label=method)
             if key == "wasserstein":
                 floor = sorted({(row["dim"], row["floor"]) for row in rows if row["task"] == task})
@@ -289,9 +290,7 @@ def main() -> None:
                             + "".join(f"{row[key]:9.3f}" for key in ("weights", "radius", "off_shell")),
                             flush=True,
                         )
-    result.finish()
-    if options.json and not options.quick:
-        draw(result.rows, options.json.with_suffix(".png"))
+    result.finish(draw)
 
 
 def one(pool: Any, result: Result, problem: Problem, steps: int, method: str | None) -> dict[str, Any]:

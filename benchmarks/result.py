@@ -7,14 +7,13 @@ import platform
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["A_PART", "Result", "interval", "machine", "save"]
-
-A_PART = "A part of the plan: the rows are kept, and a run of the whole plan takes them over."
+__all__ = ["Result", "interval", "machine", "save"]
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -54,6 +53,7 @@ class Result:
     """
 
     def __init__(self, benchmark: str, settings: dict[str, Any], path: Path | None, quick: bool = False) -> None:
+        self.quick = quick
         host = {"comfyui": getattr(sys.modules.get("comfyui_version"), "__version__", "0.0.1 (PyPI)")}
         settings = settings | ({"quick": True} if quick else {})
         self.head = {"benchmark": benchmark, "host": host, "machine": machine(), "settings": settings}
@@ -89,8 +89,13 @@ class Result:
             self.partial.parent.mkdir(parents=True, exist_ok=True)
             self.partial.write_text(json.dumps({**self.head, "rows": self.rows}))
 
-    def finish(self) -> None:
+    def finish(self, draw: Callable[[list[dict[str, Any]], Path], None], whole: bool = True) -> None:
+        """Writes the result and its plot, of the whole plan; the rows of a part stay for a later run."""
+        if not whole and not self.quick:
+            print("A part of the plan: the rows are kept, and a run of the whole plan takes them over.")
+            return
         if self.path and self.partial:
             self.path.write_text(json.dumps({**self.head, "rows": self.rows}, indent=1) + "\n")
+            draw(self.rows, self.path.with_suffix(".png"))
             self.partial.unlink(missing_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -38,5 +38,5 @@ class Shell:
 
     @staticmethod
     def off(radii: Tensor, elements: int) -> Tensor:
-        """Which of them no Gaussian noise of so many elements has: off by more than three of its deviations."""
-        return (radii - 1).abs() > 3 / (2 * elements) ** 0.5
+        """Which of them no Gaussian noise of so many elements has: off by more than three of its deviations, or NaN."""
+        return ~((radii - 1).abs() <= 3 / (2 * elements) ** 0.5)

@@ -51,3 +51,4 @@ def test_quick_run(name: str, tmp_path: Path) -> None:
     rows = [row for row in result["rows"] if row.keys() >= COLUMNS[name]]
     assert rows
     assert run.stdout.strip()
+    assert file.with_suffix(".png").exists()
