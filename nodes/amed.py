@@ -153,7 +153,7 @@ class AMEDTrain:
                         "min": 0.0,
                         "max": 0.5,
                         "step": 0.01,
-                        "tooltip": "By how much the time that the model is told may be off. 0 or 0.2 in the paper.",
+                        "tooltip": "By how much the time that the model is told may be off. 0 to 0.2 in the papers.",
                     },
                 ),
                 "teacher": (

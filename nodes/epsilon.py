@@ -110,9 +110,9 @@ def check_sampler(title: str, sampler: Any, remedy: str) -> None:
 
 class EpsilonScalingSampler:
     DESCRIPTION = (
-        "Corrects a bias that each diffusion model has while it samples: the noise that it predicts is a little too "
-        "long, since it never saw its own errors. For any sampler, model and number of steps; costs nothing. Epsilon "
-        "Scaling, Ning et al., ICLR 2024, arXiv 2308.15321."
+        "Corrects a bias of diffusion models while they sample: most predict noise that is a little too long, since "
+        "they never saw their own errors. For any sampler, model and number of steps; costs nothing. Epsilon Scaling, "
+        "Ning et al., ICLR 2024, arXiv 2308.15321."
     )
     CATEGORY = "SphereGuide/epsilon scaling"
     FUNCTION = "scale"

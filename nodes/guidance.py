@@ -303,7 +303,7 @@ class DSGKSampler:
         ksampler = {
             "model": ("MODEL", {"tooltip": "The model that removes the noise."}),
             "positive": ("CONDITIONING", {"tooltip": "What to include. An empty prompt leaves it all to the loss."}),
-            "negative": ("CONDITIONING", {"tooltip": "What to avoid. Counts from cfg 1 up."}),
+            "negative": ("CONDITIONING", {"tooltip": "What to avoid. Without effect at cfg 1."}),
             "latent_image": ("LATENT", {"tooltip": "The latent to begin with, empty or of an image."}),
         }
         run = {

@@ -45,7 +45,7 @@ class DiffRGDGuidance(GuidanceNode):
                     "max": 20,
                     "tooltip": (
                         "K: how many such steps follow each step of the sampler. Each takes a model call and its "
-                        "gradient, so that 3 take about as long as three guided steps of DSG Guidance."
+                        "gradient, so that with 3 a step takes more than three times as long as one of DSG Guidance."
                     ),
                 },
             ),
