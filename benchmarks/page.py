@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from result import interval
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGE = RESULTS.parent / "README.md"
@@ -76,28 +77,49 @@ def inverse(result: dict[str, Any]) -> Iterator[str]:
         psnr = f"{row['psnr']:.2f} {bracketed(row['psnr_interval'], 2)}"
         return f"{row['strength']:.3g}", psnr, f"{row['ssim']:.3f}", f"{row['frechet']:.3f}"
 
+    measured = [row for row in result["rows"] if "psnr_interval" in row]
+    dsg = {
+        (row["task"], row["nfe"], row["n"], row["settings"]): np.array(row["each"])
+        for row in measured
+        if row["method"] == "DSG"
+    }
+
+    def over(row: Row, settings: str) -> str:
+        """PSNR less that of DSG with as many calls, of the same portraits."""
+        base = dsg.get((row["task"], row["nfe"], row["n"], settings))
+        if base is None or row["method"] == "unguided":
+            return ""
+        difference = np.array(row["each"]) - base
+        return f"{difference.mean():+.2f} {bracketed(interval(difference), 2)}" if difference.any() else ""
+
+    def off_shell(row: Row) -> str:
+        return "" if row["off_shell"] is None else f"{row['off_shell']:.0%}"
+
     rows = [
         (
-            row["task"],
-            str(row["nfe"]),
-            row["method"],
-            row["settings"],
+            *(str(row[key]) for key in ("task", "nfe", "method", "settings")),
             *quality(row),
-            f"{row['off_shell']:.0%}",
+            over(row, "published"),
+            over(row, "tuned"),
+            off_shell(row),
             str(row["n"]),
         )
-        for row in result["rows"]
-        if row["settings"] in ("none", "published", "tuned")
+        for row in measured
+        if row["settings"].split()[0] in ("none", "published", "tuned")
     ]
-    columns = ("task", "calls", "method", "settings", "strength", "PSNR, dB", "SSIM", "Fréchet", "off the shell", "n")
-    yield table(columns, rows)
+    columns = ("task", "calls", "method", "settings", "strength", "PSNR, dB", "SSIM", "Fréchet", "over DSG, published")
+    yield table((*columns, "over DSG, tuned", "off the shell", "n"), rows)
+    references = {row["method"]: row for row in result["rows"] if row["settings"] == "reference"}
+    yield f"\n\nThe originals themselves have a Fréchet distance of {references['originals']['frechet']:.3f}; what the "
+    yield f"autoencoder makes of them has {references['autoencoder']['frechet']:.3f}, and "
+    yield f"{references['autoencoder']['psnr']:.2f} dB."
     rows = [
         (
             *(str(row[key]) for key in ("task", "nfe", "sampler", "schedule", "method")),
             *quality(row),
             str(row["n"]),
         )
-        for row in result["rows"]
+        for row in measured
         if row["settings"] == "few"
     ]
     yield "\n\nFew steps, DSG with tuned rates of each step:\n\n"
@@ -128,17 +150,19 @@ def auto_strength(inverse: dict[str, Any], guidance: dict[str, Any]) -> Iterator
     rates = sorted(name for name in next(iter(gains.values())) if name != "auto")
     names = [*rates, "auto"]
     generator = np.random.default_rng(0)
-    again, shares, rows = [], [], []
+    again, shares, rows, picked = [], [], [], {}
 
     def line(task: str, best: str, shares: Sequence[float], again: np.ndarray, count: str) -> tuple[str, ...]:
-        interval = np.quantile(again[-1], (0.025, 0.975))
-        return task, best, *(f"{share:.0%}" for share in shares), bracketed(100 * interval, 0) + " %", count
+        ends = np.quantile(again[-1], (0.025, 0.975))
+        return task, best, *(f"{share:.0%}" for share in shares), bracketed(100 * ends, 0) + " %", count
 
     for task, of_task in gains.items():
         means = {name: gain.mean() for name, gain in of_task.items()}
         best = max(rates, key=means.__getitem__)
         count = len(of_task[best])
-        picks = generator.integers(count, size=(2000, count))
+        if count not in picked:  # tasks of as many samples share them
+            picked[count] = generator.integers(count, size=(2000, count))
+        picks = picked[count]
         # [names, 2000]: the share of the best rate's gain that each reaches, of the same samples
         again.append(np.stack([of_task[name][picks].mean(1) / of_task[best][picks].mean(1) for name in names]))
         shares.append([means[name] / means[best] for name in names])
@@ -150,9 +174,9 @@ def auto_strength(inverse: dict[str, Any], guidance: dict[str, Any]) -> Iterator
     yield "score.\n\n"
     yield table(("task", "best rate", *names, "auto, 95 %", "n"), rows)
     single = int(np.argmax(mean[:-1]))
-    interval = np.quantile(mean_again[-1] - mean_again[single], (0.025, 0.975))
+    ends = np.quantile(mean_again[-1] - mean_again[single], (0.025, 0.975))
     yield f"\n\nauto less the best single rate, {names[single]}: "
-    yield f"{mean[-1] - mean[single]:+.0%} {bracketed(100 * interval, 0)} %."
+    yield f"{100 * (mean[-1] - mean[single]):+.1f} {bracketed(100 * ends, 1)} percentage points."
 
 
 def posterior(result: dict[str, Any]) -> Iterator[str]:
