@@ -15,7 +15,7 @@ with a 95 % interval of the bootstrap. `score` is one figure a sample, higher fo
 for style, and for a face the cosine of the identities that the threshold cuts. The row of strength 0 is unguided;
 `strength` is guidance_rate of DSG Guidance, auto_strength of the same (DSG auto), step_size of DPS Guidance, and rho of
 TFG Guidance with its preset FreeDoM. Guidance decodes in bfloat16, which takes half of the time; the pictures that are
-judged are decoded in float32.
+judged are decoded in float32. `frechet` is larger for few samples: compare with as many real portraits (`originals`).
 """
 
 from __future__ import annotations
@@ -219,6 +219,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """What is achieved over what it costs, a line a method, along its strengths."""
     from matplotlib.figure import Figure
 
+    rows = [row for row in rows if "task" in row]
     names = list(dict.fromkeys(row["task"] for row in rows))
     figure = Figure(figsize=(4 * len(names), 3.6), dpi=80, layout="constrained")
     for column, task in enumerate(names):
@@ -258,6 +259,11 @@ def main() -> None:
     settings = {"sampler": "euler_ancestral", "scheduler": "normal", "cfg": 1.0, "steps": steps, "n": count}
     result = Result("guidance", settings, options.json, options.quick)
     real = real_features(1000, options.quick)
+    reference = {"method": "originals", "settings": "reference", "n": count}
+    if result.find(reference) is None:
+        truth = judging.to_tensor(np.stack([portraits.render(seed) for seed in seeds]))
+        found = judging.frechet(tasks().judge.of(truth).features, real)
+        result.add({**reference, "frechet": round(found, 4)})
     print(f"{'task':14}{'method':10}{'strength':>9}{'success':>9}{'interval':>18}{'frechet':>9}")
     with processes() as pool:
         unguided = functools.cache(lambda: drawn(pool, None, "", 0.0, steps, seeds))
