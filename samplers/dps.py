@@ -15,8 +15,8 @@ from typing import ClassVar
 import comfy.samplers
 from torch import Tensor
 
-from .kernel import Evaluation, Objective, ShiftedModel, deviation, steered
-from .trace import GuidanceTrace
+from .kernel import Objective, ShiftedModel, deviation, steered
+from .trace import Evaluation, GuidanceTrace
 
 __all__ = ["Posterior", "posterior_guided"]
 

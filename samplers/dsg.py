@@ -36,8 +36,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .kernel import GRADIENTS, Evaluation, GuidedModel, Objective, per_sample, progress, steered
-from .trace import GuidanceTrace
+from .kernel import GRADIENTS, GuidedModel, Objective, per_sample, progress, steered
+from .trace import Evaluation, GuidanceTrace
 
 __all__ = ["GRADIENTS", "Guidance", "guided", "on_sphere"]
 

@@ -25,11 +25,10 @@ from torch import Tensor, nn
 from .. import host
 from ..losses.base import Loss, Step
 from .autograd import Recording, differentiable, normal, staying_out_of_inference_mode
-from .trace import GuidanceTrace
+from .trace import Evaluation, GuidanceTrace
 
 __all__ = [
     "GRADIENTS",
-    "Evaluation",
     "GuidedModel",
     "Objective",
     "ShiftedModel",
@@ -90,29 +89,6 @@ class Objective:
     def off(self) -> bool:
         """Whether nothing is guided, so that the sampler runs as it is, bit for bit."""
         raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A guided model call: what the noise that is drawn after it, or the next step, needs to know.
-
-    step, sigma     index in the schedule, and `[B]`
-    loss, gradient  `[B]` and `[B, …]`: ∇ₓL, for "fast" with respect to x̂₀
-    free            where the denoise mask leaves a choice, `[B, …]` of bool; None without a mask
-    weight          the loss's own weight at this step
-    """
-
-    step: int
-    sigma: Tensor
-    loss: Tensor
-    gradient: Tensor
-    free: Tensor | None
-    weight: float
-
-    @functools.cached_property
-    def norm(self) -> Tensor:
-        """‖∇L‖ `[B]`."""
-        return torch.linalg.vector_norm(self.gradient.flatten(1), dim=1)
 
 
 def deterministic_sampler_message(method: str, what: str) -> str:

@@ -39,8 +39,8 @@ import torch
 from torch import Tensor
 
 from ..losses.base import Step
-from .kernel import Evaluation, Objective, ShiftedModel, deviation, levels, noise_of, per_sample, steered
-from .trace import GuidanceTrace
+from .kernel import Objective, ShiftedModel, deviation, levels, noise_of, per_sample, steered
+from .trace import Evaluation, GuidanceTrace
 
 __all__ = ["PRESETS", "Unified", "unified_guided"]
 

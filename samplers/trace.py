@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import host
 
-if TYPE_CHECKING:
-    from .kernel import Evaluation
-
-__all__ = ["GuidanceTrace", "GuidedStep"]
+__all__ = ["Evaluation", "GuidanceTrace", "GuidedStep"]
 
 log = logging.getLogger("sphereguide")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A guided model call: what the noise that is drawn after it, or the next step, needs to know.
+
+    step, sigma     index in the schedule, and `[B]`
+    loss, gradient  `[B]` and `[B, …]`: ∇ₓL, for "fast" with respect to x̂₀
+    free            where the denoise mask leaves a choice, `[B, …]` of bool; None without a mask
+    weight          the loss's own weight at this step
+    """
+
+    step: int
+    sigma: Tensor
+    loss: Tensor
+    gradient: Tensor
+    free: Tensor | None
+    weight: float
+
+    @functools.cached_property
+    def norm(self) -> Tensor:
+        """‖∇L‖ `[B]`."""
+        return torch.linalg.vector_norm(self.gradient.flatten(1), dim=1)
 
 
 @dataclass
