@@ -180,8 +180,8 @@ METHODS: dict[str, tuple[Steer, float]] = {
 }
 """How to guide, and the strength that tuning tries first; that of auto is its default, and stays."""
 LONGER = 8.0
-"""What strengths that count the gradient's length begin with in the open task, where means of 256 pixels are measured."""
-FIRST_RATE = 0.03
+"""For strengths that count the length of the gradient, which in the open task passes through means of 256 pixels."""
+FIRST_RATE = 0.1
 """Of Adam, where the decoder is alone."""
 
 
