@@ -375,7 +375,7 @@ def main() -> None:
         options.trajectories, options.samples, options.fine = 16, 64, 40
     settings = {"cfg": 1.0, "trajectories": options.trajectories, "samples": options.samples, "fine": options.fine}
     result = Result("amed", settings, options.json, options.quick)
-    with processes() as pool:
+    with processes(options.quick) as pool:
         bench = Bench(result, pool, options)
         real = real_features(SAMPLES, options.quick)
         compared = [Cell(name, "polynomial", True, nfe, train_amed.recipe(name, nfe)["steps"]) for name, nfe in learned]

@@ -319,7 +319,7 @@ def main() -> None:
         plan, options.grid, options.samples = plan[:1], [1.0, 1.05], 40
     settings = {"scheduler": "normal", "cfg": 1.0, "prompt": "", "n": options.samples}
     result = Result("epsilon_scaling", settings, options.json, options.quick)
-    with processes() as pool:
+    with processes(options.quick) as pool:
         bench = Bench(result, pool, options.samples, options.grid, options.quick)
         calibrations = [bench.calibration(*cell) for cell in plan]
         for cell, found in zip(plan, calibrations, strict=True):

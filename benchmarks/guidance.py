@@ -265,7 +265,7 @@ def main() -> None:
         found = judging.frechet(tasks().judge.of(truth).features, real)
         result.add({**reference, "frechet": round(found, 4)})
     print(f"{'task':14}{'method':10}{'strength':>9}{'success':>9}{'interval':>18}{'frechet':>9}")
-    with processes() as pool:
+    with processes(options.quick) as pool:
         unguided = functools.cache(lambda: drawn(pool, None, "", 0.0, steps, seeds))
         for task in options.tasks:
             cells = [("unguided", 0.0)]

@@ -1,11 +1,11 @@
 """What guidance restores of measured pictures: DSG beside the methods that it grew from, and those that followed it.
 
-    python quickstart.py bench inverse [--quick] [--json FILE]
+    python quickstart.py bench inverse [--open] [--quick] [--json FILE]
 
 Of the pixels 30 to 70 % are missing (`inpainting`), or the picture is four times smaller (`super-resolution x4`), or
 blurred (`gaussian deblur`, kernel 61, sigma 3), and has noise of .05 for pixels in -1..1. The papers have these tasks
 for models of pixels. A latent of Toy Portraits has 1024 numbers, fewer than each of them measures, so that a decoder is
-enough to restore with. `super-resolution x16` measures 192 and leaves the rest to the model.
+enough to restore with. `super-resolution x16`, the task of --open, measures 192 and leaves the rest to the model.
 
 What is restored are portraits that chose no setting, with an empty prompt. All cells share measurements
 and noise. Rows:
@@ -387,7 +387,7 @@ class Bench:
         how = settings if settings != "few" else f"{cell.sampler}, {cell.schedule}"
         off = "" if row["off_shell"] is None else f"{row['off_shell']:7.0%}"
         print(
-            f"{cell.task:18}{cell.nfe:5}  {cell.method:9}{how:23}{row['strength']:9.4g}{row['psnr']:8.2f} dB "
+            f"{cell.task:20}{cell.nfe:5}  {cell.method:14}{how:23}{row['strength']:9.4g}{row['psnr']:8.2f} dB "
             f"{row['psnr_interval'][0]:7.2f} {row['psnr_interval'][1]:5.2f}{row['ssim']:7.3f}{row['frechet']:8.3f}"
             f"{row['misfit']:8.4f}{off}",
             flush=True,
@@ -463,16 +463,28 @@ class Bench:
                     "n": count * each,
                 }
                 self.result.add(row)
-            print(f"{task:18} guidance_rate {rate:g}: {row['diversity']:.4f} apart, {row['psnr']:.2f} dB", flush=True)
+            print(f"{task:20} guidance_rate {rate:g}: {row['diversity']:.4f} apart, {row['psnr']:.2f} dB", flush=True)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """PSNR over model calls of each task, what it is over that of DSG, and what variety is left."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 6.4), dpi=80, layout="constrained")
     names = ["unguided", *METHODS, ALONE]
-    for column, task in enumerate(TASKS):
-        axes = figure.add_subplot(2, len(TASKS), 1 + column)
+    tasks = [task for task in TASKS if any(row.get("task") == task for row in rows)]
+    varied = sorted((row["strength"], row["diversity"], row["psnr"]) for row in rows if row["settings"] == "diversity")
+    count = len(tasks) + 1 + 2 * bool(varied)
+    figure = Figure(figsize=(3.5 * count, 3.6), dpi=80, layout="constrained")
+    panels = iter(figure.subplots(1, count))
+
+    def over_calls(axes: Any, title: str) -> None:
+        axes.set(title=title, xlabel="model calls", ylabel="PSNR, dB", xscale="log")
+        axes.set_xticks(NFE, [str(nfe) for nfe in NFE], minor=False)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+
+    for task in tasks:
+        axes = next(panels)
         for color, method in enumerate(names):
             for settings, style in (("none", "-"), ("tuned", "-"), ("published", "--")):
                 of = [
@@ -486,40 +498,32 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                     label = method if settings in ("none", "tuned") else None
                     axes.plot(x, y, style, marker="o", markersize=3, color=f"C{color}", label=label)
                     axes.fill_between(x, low, high, color=f"C{color}", alpha=0.1)
-        axes.set(title=task, xlabel="model calls", ylabel="PSNR, dB", xscale="log")
-        axes.set_xticks(NFE, [str(nfe) for nfe in NFE], minor=False)
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        if column == 0:
+        over_calls(axes, task)
+        if task == tasks[0]:
             axes.legend(fontsize=7)
-    left = figure.add_subplot(2, len(TASKS), 5)
-    of = [(row["strength"], row["diversity"], row["psnr"]) for row in rows if row["settings"] == "diversity"]
-    x, apart, psnr = np.array(sorted(of)).reshape(-1, 3).T
-    left.plot(x, apart, marker="o", markersize=3)
-    left.set(title=f"{OPEN}, DSG: diversity", xlabel="guidance_rate", ylabel="RMS between pictures", ylim=(0, None))
-    middle = figure.add_subplot(2, len(TASKS), 6)
-    middle.plot(x, psnr, marker="o", markersize=3)
-    middle.set(title=f"{OPEN}, DSG: fidelity", xlabel="guidance_rate", ylabel="PSNR, dB")
+    axes = next(panels)
     of = [row for row in rows if row["settings"] == "tuned"]
     tuned = {(row["method"], row["nfe"], row["task"]): np.array(row["each"]) for row in of}
-    for column, (some, title) in enumerate(((DETERMINED, "mean of the other three"), ((OPEN,), OPEN))):
-        axes = figure.add_subplot(2, len(TASKS), 7 + column)
-        for color, method in enumerate(names):
-            # Of a portrait, the mean over the tasks: its measurements are not independent.
-            over = {
-                nfe: np.mean([tuned[method, nfe, task] - tuned["DSG", nfe, task] for task in some], 0)
-                for nfe in NFE
-                if all({(method, nfe, task), ("DSG", nfe, task)} <= tuned.keys() for task in some)
-            }
-            if over:
-                low, high = np.transpose([interval(values) for values in over.values()])
-                means = [values.mean() for values in over.values()]
-                axes.plot(list(over), means, marker="o", markersize=3, color=f"C{color}")
-                axes.fill_between(list(over), low, high, color=f"C{color}", alpha=0.1)
-        axes.set(title=f"{title}: over DSG, tuned", xlabel="model calls", ylabel="PSNR, dB", xscale="log")
-        axes.set_xticks(NFE, [str(nfe) for nfe in NFE], minor=False)
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
+    for color, method in enumerate(names):
+        # Of a portrait, the mean over the tasks: its measurements are not independent.
+        over = {
+            nfe: np.mean([tuned[method, nfe, task] - tuned["DSG", nfe, task] for task in tasks], 0)
+            for nfe in NFE
+            if all({(method, nfe, task), ("DSG", nfe, task)} <= tuned.keys() for task in tasks)
+        }
+        if over:
+            low, high = np.transpose([interval(values) for values in over.values()])
+            means = [values.mean() for values in over.values()]
+            axes.plot(list(over), means, marker="o", markersize=3, color=f"C{color}")
+            axes.fill_between(list(over), low, high, color=f"C{color}", alpha=0.1)
+    over_calls(axes, "over DSG, both tuned")
+    if varied:
+        x, apart, psnr = zip(*varied, strict=True)
+        for y, label in ((apart, "RMS between pictures of one measurement"), (psnr, "PSNR, dB")):
+            axes = next(panels)
+            axes.plot(x, y, marker="o", markersize=3)
+            axes.set(title=f"DSG, {DIVERSITY['steps']} calls", xlabel="guidance_rate", ylabel=label)
+            axes.grid(alpha=0.3)
     figure.suptitle("solid: tuned; dashed: published settings; bands: 95 %", fontsize=9)
     save(figure, path)
 
@@ -527,28 +531,30 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two portraits, 10 calls, one task: shows that it runs")
+    parser.add_argument("--open", action="store_true", help=f"{OPEN}, in place of the other three tasks")
     parser.add_argument("--json", type=Path, help="where to write the rows; a plot goes beside it")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=DETERMINED, default=list(DETERMINED), help="of the three")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--nfe", nargs="+", type=int, default=list(NFE))
     parser.add_argument("--portraits", type=int, default=32)
     options = parser.parse_args()
+    tasks, whole = ([OPEN], [OPEN]) if options.open else (options.tasks, list(DETERMINED))
     if options.quick:
-        options.tasks, options.methods, options.nfe, options.portraits = options.tasks[:1], ["DPS", "DSG"], [10], 2
+        tasks, options.methods, options.nfe, options.portraits = tasks[:1], ["DPS", "DSG"], [10], 2
     settings = {"sampler": "euler_ancestral", "scheduler": "normal", "cfg": 1.0, "noise": NOISE, "n": options.portraits}
-    result = Result("inverse", settings, options.json, options.quick)
-    with processes() as pool:
+    result = Result("inverse_open" if options.open else "inverse", settings, options.json, options.quick)
+    with processes(options.quick) as pool:
         bench = Bench(result, pool, options.portraits, options.quick)
         bench.references()
-        for task in options.tasks:
+        for task in tasks:
             for nfe in options.nfe:
                 bench.methods(task, nfe, options.methods)
             if "DSG" in options.methods and not options.quick:
                 bench.few_steps(task)
-        if OPEN in options.tasks and "DSG" in options.methods:
+        if options.open and "DSG" in options.methods and not options.quick:
             bench.diversity(OPEN)
             bench.many_steps(OPEN, [name for name in ("DPS", "FreeDoM", "DSG") if name in options.methods])
-    result.finish(draw, (options.tasks, options.methods, options.nfe) == (list(TASKS), list(METHODS), list(NFE)))
+    result.finish(draw, (tasks, options.methods, options.nfe) == (whole, list(METHODS), list(NFE)))
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def guidance(result: dict[str, Any]) -> Iterator[str]:
 
 
 def inverse(result: dict[str, Any]) -> Iterator[str]:
-    """What guidance restores, with published and with tuned settings"""
+    """What guidance restores from measurements that say nearly all, with published and with tuned settings"""
 
     def quality(row: Row) -> tuple[str, ...]:
         psnr = f"{row['psnr']:.2f} {bracketed(row['psnr_interval'], 2)}"
@@ -134,14 +134,20 @@ def inverse(result: dict[str, Any]) -> Iterator[str]:
         for row in result["rows"]
         if row["settings"] == "diversity"
     ]
-    yield "\n\nDSG, pictures of one measurement and different noise:\n\n"
-    yield table(("guidance_rate", "RMS distance between them", "PSNR, dB"), rows)
+    if rows:
+        yield "\n\nDSG, pictures of one measurement and different noise:\n\n"
+        yield table(("guidance_rate", "RMS distance between them", "PSNR, dB"), rows)
 
 
-def auto_strength(inverse: dict[str, Any], guidance: dict[str, Any]) -> Iterator[str]:
+def inverse_open(result: dict[str, Any]) -> Iterator[str]:
+    """What guidance restores where the measurement leaves most to the model"""
+    yield from inverse(result)
+
+
+def auto_strength(determined: dict[str, Any], left: dict[str, Any], guidance: dict[str, Any]) -> Iterator[str]:
     """Whether auto_strength spares looking for a guidance_rate"""
     gains: dict[str, dict[str, np.ndarray]] = {}
-    for result, score in ((inverse, "each"), (guidance, "score")):
+    for result, score in ((determined, "each"), (left, "each"), (guidance, "score")):
         for row in result["rows"]:
             compared = row.get("settings", "grid") in ("grid", "none") and row["nfe"] == 50 and score in row
             if compared and row["method"] in ("unguided", "DSG", "DSG auto"):
@@ -308,7 +314,8 @@ SECTIONS: tuple[tuple[Callable[..., Iterator[str]], tuple[str, ...]], ...] = (
     (demo, ("demo_report",)),
     (guidance, ("guidance",)),
     (inverse, ("inverse",)),
-    (auto_strength, ("inverse", "guidance")),
+    (inverse_open, ("inverse_open",)),
+    (auto_strength, ("inverse", "inverse_open", "guidance")),
     (posterior, ("posterior",)),
     (epsilon_scaling, ("epsilon_scaling",)),
     (amed, ("amed",)),
@@ -328,7 +335,8 @@ def page() -> str:
         results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         about = []
         for name, file in zip(names, files, strict=True):
-            made = "demo" if section is demo else f"bench {name} --json benchmarks/results/{file.name}"
+            bench = name.replace("_open", " --open")
+            made = "demo" if section is demo else f"bench {bench} --json benchmarks/results/{file.name}"
             about += [f"`python quickstart.py {made}`", f"[{file.name}](results/{file.name})"]
             if (plot := file.with_suffix(".png")).exists():
                 about.append(f"[plot](results/{plot.name})")

@@ -277,7 +277,7 @@ def main() -> None:
     settings |= {"measurements": MEASURED_ON, "samples": EACH}
     result = Result("posterior", settings, options.json, options.quick)
     print(f"{'':33}calls strength  wasserst.  floor   mean    std  weights  radius  off shell")
-    with processes() as pool:
+    with processes(options.quick) as pool:
         for task in TASKS:
             for dim in dims:
                 for steps in steps_of:

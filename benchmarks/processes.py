@@ -11,7 +11,7 @@ import torch
 __all__ = ["processes"]
 
 
-def processes() -> ProcessPoolExecutor:
-    """One for each core, so that none of them waits for another's threads."""
-    count = min(os.cpu_count() or 1, 8)
+def processes(quick: bool) -> ProcessPoolExecutor:
+    """One for each core, so that none waits for another's threads. A quick run has one, as they take long to start."""
+    count = 1 if quick else min(os.cpu_count() or 1, 8)
     return ProcessPoolExecutor(count, get_context("spawn"), torch.set_num_threads, (1,))
