@@ -470,7 +470,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """PSNR over model calls of each task, what it is over that of DSG, and what variety is left."""
     from matplotlib.figure import Figure
 
-    names = ["unguided", *METHODS, ALONE]
+    names = [*METHODS, ALONE]
     tasks = [task for task in TASKS if any(row.get("task") == task for row in rows)]
     varied = sorted((row["strength"], row["diversity"], row["psnr"]) for row in rows if row["settings"] == "diversity")
     count = len(tasks) + 1 + 2 * bool(varied)
@@ -486,7 +486,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for task in tasks:
         axes = next(panels)
         for color, method in enumerate(names):
-            for settings, style in (("none", "-"), ("tuned", "-"), ("published", "--")):
+            for settings, style in (("tuned", "-"), ("published", "--")):
                 of = [
                     (row["nfe"], row["psnr"], *row["psnr_interval"])
                     for row in sorted(rows, key=lambda row: row.get("nfe", 0))
@@ -495,10 +495,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 ]
                 if of:
                     x, y, low, high = zip(*of, strict=True)
-                    label = method if settings in ("none", "tuned") else None
+                    label = method if settings == "tuned" else None
                     axes.plot(x, y, style, marker="o", markersize=3, color=f"C{color}", label=label)
                     axes.fill_between(x, low, high, color=f"C{color}", alpha=0.1)
-        over_calls(axes, task)
+        unguided = [row["psnr"] for row in rows if (row.get("task"), row["settings"]) == (task, "none")]
+        over_calls(axes, f"{task}, unguided {np.mean(unguided):.1f} dB")
         if task == tasks[0]:
             axes.legend(fontsize=7)
     axes = next(panels)
@@ -519,7 +520,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     over_calls(axes, "over DSG, both tuned")
     if varied:
         x, apart, psnr = zip(*varied, strict=True)
-        for y, label in ((apart, "RMS between pictures of one measurement"), (psnr, "PSNR, dB")):
+        for y, label in ((apart, "distance of pictures, RMS"), (psnr, "PSNR, dB")):
             axes = next(panels)
             axes.plot(x, y, marker="o", markersize=3)
             axes.set(title=f"DSG, {DIVERSITY['steps']} calls", xlabel="guidance_rate", ylabel=label)
