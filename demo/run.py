@@ -42,6 +42,7 @@ RESTORED = {
     "toy_inpainting": "Half of the pixels missing",
     "toy_super_resolution": "4 times smaller",
     "toy_deblur": "Blurred",
+    "toy_thumbnail": "16 times smaller",
 }
 COUNT = 8
 STAGES = ("degraded", "unguided", "guided")

@@ -200,7 +200,7 @@ REGIONS = {"point": (8, 8, 60, 76), "face": (48, 40, 40, 52)}  # width, height, 
 OPERATORS = ("inpainting", "super-resolution", "gaussian blur", "motion blur")
 STRIPS = {
     "inpainting": Strip("toy_inpainting", (0.01, 0.2, 0.9), "degraded"),
-    "super_resolution": Strip("toy_super_resolution", (0.01, 0.14, 0.9), "degraded"),
+    "super_resolution": Strip("toy_thumbnail", (0.01, 0.14, 0.9), "degraded"),
     "gaussian_deblur": Strip("toy_deblur", (0.01, 0.14, 0.9), "degraded"),
     "motion_deblur": Strip("toy_deblur", (0.01, 0.14, 0.9), "degraded", motion),
     "low_pass": Strip("toy_deblur", (64, 32, 8), PORTRAIT, low_pass, LOW_PASS, "factor"),

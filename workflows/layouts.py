@@ -210,7 +210,7 @@ def restoration(
             {
                 "operator": operator,
                 "mask_fraction": 0.5,
-                "factor": FACTOR,
+                "factor": loss_widgets.get("factor", FACTOR),
                 "kernel_size": 61,
                 "sigma": 3.0,
                 "noise": 0.025,

@@ -87,6 +87,20 @@ Guidance turns the sampler's noise so that the result agrees. Set the same facto
 """
         + RESTORATION,
     ),
+    "toy_thumbnail": restoration(
+        "thumbnail",
+        "super-resolution",
+        "SphereGuideSuperResolutionLoss",
+        {"factor": 16},
+        guidance_rate=0.14,
+        note="""
+The portrait is scaled down to 8 x 8 pixels, with noise: 192 numbers, far too few to say what it was. The model only
+knows how to paint portraits. Super-Resolution Loss scales each estimate down in the same way and compares, and DSG
+Guidance turns the sampler's noise so that the result agrees: a portrait, and one that makes this thumbnail. What the
+thumbnail does not tell, such as the shape of the eyes, each noise_seed answers for itself.
+"""
+        + RESTORATION,
+    ),
     "toy_deblur": restoration(
         "deblur",
         "gaussian blur",
