@@ -1,6 +1,6 @@
 """What guidance restores of measured pictures: DSG beside the methods that it grew from, and those that followed it.
 
-    python quickstart.py bench inverse [--open] [--quick] [--json FILE]
+    python quickstart.py bench inverse [--open | --many] [--quick] [--json FILE]
 
 Of the pixels 30 to 70 % are missing (`inpainting`), or the picture is four times smaller (`super-resolution x4`), or
 blurred (`gaussian deblur`, kernel 61, sigma 3), and has noise of .05 for pixels in -1..1. The papers have these tasks
@@ -29,8 +29,9 @@ only draws new noise at each step; off_shell is not known there.
 How much of it is the model's doing: `autoencoder` is what the VAE makes of the originals, and `decoder alone` decodes
 the latents that Adam finds to agree with the measurement, from zero, in as many steps, with a tuned rate and no model.
 
-FreeDoM's authors give no setting for these tasks; it runs without its time travel here. 1000 steps take the strength
-tuned at 100. Guidance decodes in bfloat16, which takes half of the time; the pictures that are measured are decoded in
+FreeDoM's authors give no setting for these tasks; it runs without its time travel here. 1000 steps (--many, in the open
+task) take the strengths tuned at 100, so that their sum stays: a tenth of DPS's and FreeDoM's, and DSG's as rate_steps
+turns it. Guidance decodes in bfloat16, which takes half of the time; the pictures that are measured are decoded in
 float32.
 """
 
@@ -103,9 +104,9 @@ CHUNK = 2
 DIVERSITY = {"rates": (0.0, 0.05, 0.1, 0.2, 0.4, 0.8), "measurements": 4, "each": 8, "steps": 50}
 
 DSG_PUBLISHED = {
-    "inpainting": {1000: (5, 0.2), 100: (1, 0.2), 50: (1, 0.2), 20: (1, 0.2)},
-    "super-resolution x4": {1000: (20, 0.2), 100: (2, 0.1), 50: (1, 0.1), 20: (1, 0.2)},
-    "gaussian deblur": {1000: (5, 0.2), 100: (1, 0.1), 50: (1, 0.1)},
+    "inpainting": {100: (1, 0.2), 50: (1, 0.2), 20: (1, 0.2)},
+    "super-resolution x4": {100: (2, 0.1), 50: (1, 0.1), 20: (1, 0.2)},
+    "gaussian deblur": {100: (1, 0.1), 50: (1, 0.1)},
 }
 """Interval and rate, table 7 of the paper. None is given for blur and 20 steps."""
 DPS_PUBLISHED = {"inpainting": 0.5, "super-resolution x4": 0.3, "gaussian deblur": 0.3}
@@ -435,15 +436,16 @@ class Bench:
             self.row(cell, "few", self.count)
             self.row(self.tuned(replace(cell, method="DSG")), "few", self.count)
 
-    def many_steps(self, task: str, names: list[str]) -> None:
-        self.row(Cell(task, "unguided", MANY), "none", FEW)
-        for method in names:
-            given = published(task, method, MANY)
-            if given is not None:
-                self.row(Cell(task, method, MANY, *given), "published", FEW)
-            if given is None or method != "DSG":  # a published rate of DSG is for guiding every fifth step
-                tuned = self.tuned(Cell(task, method, NFE[0]))
-                self.row(replace(tuned, nfe=MANY), f"tuned at {NFE[0]}", FEW)
+    def many_steps(self) -> None:
+        self.row(Cell(OPEN, "unguided", MANY), "none", FEW)
+        share = NFE[0] / MANY
+        for method in ("DPS", "FreeDoM", "DSG"):
+            strength = self.tuned(Cell(OPEN, method, NFE[0])).strength
+            if method == "DSG":
+                strength = share**0.5 * strength / (1 - strength + share**0.5 * strength)
+            else:
+                strength *= share
+            self.row(Cell(OPEN, method, MANY, strength), f"tuned at {NFE[0]}", FEW)
 
     def diversity(self, task: str) -> None:
         """How far apart pictures of one measurement are, and whether they are as far as they should be."""
@@ -491,7 +493,6 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                     (row["nfe"], row["psnr"], *row["psnr_interval"])
                     for row in sorted(rows, key=lambda row: row.get("nfe", 0))
                     if (row.get("task"), row["method"], row["settings"]) == (task, method, settings)
-                    and row["nfe"] != MANY
                 ]
                 if of:
                     x, y, low, high = zip(*of, strict=True)
@@ -533,6 +534,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two portraits, 10 calls, one task: shows that it runs")
     parser.add_argument("--open", action="store_true", help=f"{OPEN}, in place of the other three tasks")
+    parser.add_argument("--many", action="store_true", help=f"that task with {MANY} steps, and {FEW} portraits")
     parser.add_argument("--json", type=Path, help="where to write the rows; a plot goes beside it")
     parser.add_argument("--tasks", nargs="+", choices=DETERMINED, default=list(DETERMINED), help="of the three")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -543,9 +545,14 @@ def main() -> None:
     if options.quick:
         tasks, options.methods, options.nfe, options.portraits = tasks[:1], ["DPS", "DSG"], [10], 2
     settings = {"sampler": "euler_ancestral", "scheduler": "normal", "cfg": 1.0, "noise": NOISE, "n": options.portraits}
-    result = Result("inverse_open" if options.open else "inverse", settings, options.json, options.quick)
+    name = "inverse_many" if options.many else "inverse_open" if options.open else "inverse"
+    result = Result(name, settings, options.json, options.quick)
     with processes(options.quick) as pool:
         bench = Bench(result, pool, options.portraits, options.quick)
+        if options.many:
+            bench.many_steps()
+            result.finish()
+            return
         bench.references()
         for task in tasks:
             for nfe in options.nfe:
@@ -554,7 +561,6 @@ def main() -> None:
                 bench.few_steps(task)
         if options.open and "DSG" in options.methods and not options.quick:
             bench.diversity(OPEN)
-            bench.many_steps(OPEN, [name for name in ("DPS", "FreeDoM", "DSG") if name in options.methods])
     result.finish(draw, (tasks, options.methods, options.nfe) == (whole, list(METHODS), list(NFE)))
 
 

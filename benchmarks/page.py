@@ -114,9 +114,10 @@ def inverse(result: dict[str, Any]) -> Iterator[str]:
     columns = ("task", "calls", "method", "settings", "strength", "PSNR, dB", "SSIM", "Fréchet", "over DSG, published")
     yield table((*columns, "over DSG, tuned", "off the shell", "n"), rows)
     references = {row["method"]: row for row in result["rows"] if row["settings"] == "reference"}
-    yield f"\n\nThe originals themselves have a Fréchet distance of {references['originals']['frechet']:.3f}; what the "
-    yield f"autoencoder makes of them has {references['autoencoder']['frechet']:.3f}, and "
-    yield f"{references['autoencoder']['psnr']:.2f} dB."
+    if references:
+        yield f"\n\nThe originals themselves have a Fréchet distance of {references['originals']['frechet']:.3f}; what "
+        yield f"the autoencoder makes of them has {references['autoencoder']['frechet']:.3f}, and "
+        yield f"{references['autoencoder']['psnr']:.2f} dB."
     rows = [
         (
             *(str(row[key]) for key in ("task", "nfe", "sampler", "schedule", "method")),
@@ -126,9 +127,10 @@ def inverse(result: dict[str, Any]) -> Iterator[str]:
         for row in measured
         if row["settings"] == "few"
     ]
-    yield "\n\nFew steps, DSG with tuned rates of each step:\n\n"
-    columns = ("task", "calls", "sampler", "schedule", "method", "strength", "PSNR, dB", "SSIM", "Fréchet", "n")
-    yield table(columns, rows)
+    if rows:
+        yield "\n\nFew steps, DSG with tuned rates of each step:\n\n"
+        columns = ("task", "calls", "sampler", "schedule", "method", "strength", "PSNR, dB", "SSIM", "Fréchet", "n")
+        yield table(columns, rows)
     rows = [
         (f"{row['strength']:g}", f"{row['diversity']:.4f}", f"{row['psnr']:.2f}")
         for row in result["rows"]
@@ -141,6 +143,11 @@ def inverse(result: dict[str, Any]) -> Iterator[str]:
 
 def inverse_open(result: dict[str, Any]) -> Iterator[str]:
     """What guidance restores where the measurement leaves most to the model"""
+    yield from inverse(result)
+
+
+def inverse_many(result: dict[str, Any]) -> Iterator[str]:
+    """The same with 1000 steps"""
     yield from inverse(result)
 
 
@@ -315,6 +322,7 @@ SECTIONS: tuple[tuple[Callable[..., Iterator[str]], tuple[str, ...]], ...] = (
     (guidance, ("guidance",)),
     (inverse, ("inverse",)),
     (inverse_open, ("inverse_open",)),
+    (inverse_many, ("inverse_many",)),
     (auto_strength, ("inverse", "inverse_open", "guidance")),
     (posterior, ("posterior",)),
     (epsilon_scaling, ("epsilon_scaling",)),
@@ -335,7 +343,7 @@ def page() -> str:
         results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         about = []
         for name, file in zip(names, files, strict=True):
-            bench = name.replace("_open", " --open")
+            bench = name.replace("_open", " --open").replace("_many", " --many")
             made = "demo" if section is demo else f"bench {bench} --json benchmarks/results/{file.name}"
             about += [f"`python quickstart.py {made}`", f"[{file.name}](results/{file.name})"]
             if (plot := file.with_suffix(".png")).exists():

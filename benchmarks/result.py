@@ -89,13 +89,14 @@ class Result:
             self.partial.parent.mkdir(parents=True, exist_ok=True)
             self.partial.write_text(json.dumps({**self.head, "rows": self.rows}))
 
-    def finish(self, draw: Callable[[list[dict[str, Any]], Path], None], whole: bool = True) -> None:
+    def finish(self, draw: Callable[[list[dict[str, Any]], Path], None] | None = None, whole: bool = True) -> None:
         """Writes the result and its plot, of the whole plan; the rows of a part stay for a later run."""
         if not whole and not self.quick:
             print("A part of the plan: the rows are kept, and a run of the whole plan takes them over.")
             return
         if self.path and self.partial:
             self.path.write_text(json.dumps({**self.head, "rows": self.rows}, indent=1) + "\n")
-            draw(self.rows, self.path.with_suffix(".png"))
+            if draw:
+                draw(self.rows, self.path.with_suffix(".png"))
             self.partial.unlink(missing_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)

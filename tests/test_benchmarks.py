@@ -29,14 +29,14 @@ def test_page_shows_the_results() -> None:
     assert page.PAGE.read_text(encoding="utf-8") == page.page(), "python benchmarks/page.py brings it up to date"
 
 
-@pytest.mark.parametrize("name", [*COLUMNS, "inverse_open"])
+@pytest.mark.parametrize("name", [*COLUMNS, "inverse_open", "inverse_many"])
 def test_results_have_their_columns(name: str) -> None:
     file = page.RESULTS / f"{name}.json"
     if not file.exists():
         pytest.skip("no result of a full run")
     result = json.loads(file.read_text(encoding="utf-8"))
     assert {"benchmark", "host", "machine", "settings", "rows"} <= result.keys()
-    assert any(row.keys() >= COLUMNS[name.removesuffix("_open")] for row in result["rows"])
+    assert any(row.keys() >= COLUMNS[name.split("_open")[0].split("_many")[0]] for row in result["rows"])
 
 
 @pytest.mark.slow
