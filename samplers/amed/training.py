@@ -64,7 +64,7 @@ PUBLISHED = "as published"
 steps of Heun in each interval: theirs has three points more, and takes two steps to each."""
 OBJECTIVES = ("endpoint", "each point")
 JUDGED = 64
-"""Trajectories that are not trained on, by which the best predictor is known."""
+"""Trajectories that are not trained on, by which the best predictor is known; no more than those that are."""
 SAVE_SECONDS = 60.0
 
 
@@ -224,7 +224,8 @@ class _Training:
         positive, negative = prompts
         if not positive or (not negative and settings.cfg != 1):
             raise ValueError(f"{TITLE}: there is no {'negative' if positive else 'positive'} prompt. Connect one.")
-        kept_states = (plan.trajectories if plan.epochs > 1 else 0) + JUDGED
+        self.judged = min(JUDGED, plan.trajectories)
+        kept_states = (plan.trajectories if plan.epochs > 1 else 0) + self.judged
         size = kept_states // self.world * settings.steps * math.prod(shape) * 4
         free = comfy.model_management.get_free_memory(torch.device("cpu"))
         if size > free:
@@ -411,7 +412,7 @@ class _Training:
 
     def _error(self, chooser: Callable[..., Choice] | None) -> tuple[float, tuple[float, ...]]:
         """Mean distance at the end, mean t_mid of each interval; without a chooser those of the student alone."""
-        mine = list(range(max(1, JUDGED // self.world) * self.world))[self.rank :: self.world]
+        mine = list(range(max(1, self.judged // self.world) * self.world))[self.rank :: self.world]
         found, middles = [], []
 
         def function(model: Any, x: Tensor, extra_args: Any, recording: Any, targets: list[Tensor]) -> None:
