@@ -37,7 +37,7 @@ import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from judged import fast_vae, real_features  # noqa: E402
+from judged import fast_vae, originals, originals_row, real_features  # noqa: E402
 from processes import processes  # noqa: E402
 from result import Result, interval, save  # noqa: E402
 from sphereguide import host  # noqa: E402
@@ -112,7 +112,7 @@ class Tasks:
     def verification(self) -> dict[str, float]:
         """The judge's own, of people that nothing has seen: its threshold is what a sample has to pass."""
         people = [portraits.sample(who * 10 + view, identity=who) for who in UNSEEN for view in (0, 1)]
-        seen = self.judge.of(judging.to_tensor(np.stack([portraits.render(person) for person in people]))).identity
+        seen = self.judge.of(originals(people)).identity
         return judging.verification(seen, torch.arange(len(UNSEEN)).repeat_interleave(2))
 
     @staticmethod
@@ -149,7 +149,7 @@ class Tasks:
         if task == "segmentation":
             pairs = zip(verdict.class_map, (portraits.segment(seed) for seed in seeds), strict=True)
             return np.array([judging.mean_iou(classes, truth)["mean"] for classes, truth in pairs])
-        wanted = self.judge.of(judging.to_tensor(np.stack([portraits.render(seed) for seed in seeds])))
+        wanted = self.judge.of(originals(seeds))
         if task == "style":
             return -judging.gram_distance(verdict, wanted).numpy()
         return torch.nn.functional.cosine_similarity(verdict.identity, wanted.identity).numpy()
@@ -259,11 +259,7 @@ def main() -> None:
     settings = {"sampler": "euler_ancestral", "scheduler": "normal", "cfg": 1.0, "steps": steps, "n": count}
     result = Result("guidance", settings, options.json, options.quick)
     real = real_features(1000, options.quick)
-    reference = {"method": "originals", "settings": "reference", "n": count}
-    if result.find(reference) is None:
-        truth = judging.to_tensor(np.stack([portraits.render(seed) for seed in seeds]))
-        found = judging.frechet(tasks().judge.of(truth).features, real)
-        result.add({**reference, "frechet": round(found, 4)})
+    originals_row(result, seeds, real)
     print(f"{'task':14}{'method':10}{'strength':>9}{'success':>9}{'interval':>18}{'frechet':>9}")
     with processes(options.quick) as pool:
         unguided = functools.cache(lambda: drawn(pool, None, "", 0.0, steps, seeds))

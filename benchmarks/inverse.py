@@ -55,13 +55,12 @@ import_pack()
 import comfy.samplers  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from judged import fast_vae, real_features  # noqa: E402
+from judged import fast_vae, frechet, originals, originals_row, real_features  # noqa: E402
 from processes import processes  # noqa: E402
 from result import Result, interval, save  # noqa: E402
 from shell import Shell  # noqa: E402
 from skimage.metrics import structural_similarity  # noqa: E402
 from sphereguide import host  # noqa: E402
-from sphereguide.demo import judge as judging  # noqa: E402
 from sphereguide.demo import portraits, toy_portraits  # noqa: E402
 from sphereguide.losses.base import Loss  # noqa: E402
 from sphereguide.losses.measurement import (  # noqa: E402
@@ -214,11 +213,6 @@ def sigmas_of(cell: Cell) -> Tensor:
     return comfy.samplers.calculate_sigmas(sampling, cell.schedule, cell.steps)
 
 
-def originals(seeds: list[int]) -> Tensor:
-    """`[B, 3, 128, 128]`, 0..1."""
-    return judging.to_tensor(np.stack([portraits.render(seed) for seed in seeds]))
-
-
 def measurement(task: str, seeds: list[int]) -> Loss:
     """‖y − A(x̂₀)‖₂ of degraded portraits, each with noise of its own."""
     degraded, masks = [], []
@@ -295,11 +289,16 @@ def restored(cell: Cell, seeds: list[int], draws: list[int]) -> Restored:
             off = Shell.off(shell.radii(sigmas), ELEMENTS).float()
         return Restored(
             pictures.clone(),
-            -10 * (pictures - truth).square().mean((1, 2, 3)).log10(),
+            ratio(pictures, truth),
             torch.tensor([similarity(a, b) for a, b in zip(pictures, truth, strict=True)]),
             misfit.clone(),
             off,
         )
+
+
+def ratio(pictures: Tensor, truth: Tensor) -> Tensor:
+    """PSNR, `[B]`, in dB."""
+    return -10 * (pictures - truth).square().mean((1, 2, 3)).log10()
 
 
 def similarity(a: Tensor, b: Tensor) -> float:
@@ -312,7 +311,6 @@ class Bench:
     def __init__(self, result: Result, pool: Any, count: int, quick: bool) -> None:
         self.result, self.pool, self.count, self.quick = result, pool, count, quick
         self.tuned_on, self.tries = (2, 2) if quick else (4, 5)
-        self.judge = judging.load(toy_portraits.WEIGHTS)
 
     @functools.cached_property
     def real(self) -> Tensor:
@@ -377,7 +375,7 @@ class Bench:
                 "psnr_interval": interval(psnr),
                 "ssim": round(float(found.ssim.mean()), 4),
                 "ssim_interval": interval(found.ssim.double().numpy()),
-                "frechet": round(judging.frechet(self.judge.of(found.pictures).features, self.real), 4),
+                "frechet": frechet(found.pictures, self.real),
                 "misfit": round(float(found.misfit.mean()), 4),
                 "off_shell": None if found.off.isnan().any() else round(float(found.off.mean()), 4),
                 "success": None,
@@ -397,19 +395,19 @@ class Bench:
 
     def references(self) -> None:
         """Of the originals themselves, and of what the autoencoder makes of them."""
-        truth = originals(list(portraits.TEST_SEEDS[: self.count]))
-        with torch.inference_mode():
-            vae = loaded()[2]
-            decoded = vae.decode(vae.encode(truth.movedim(1, -1))).movedim(-1, 1).clamp(0, 1).clone()
-        for method, pictures in (("originals", truth), ("autoencoder", decoded)):
-            key = {"method": method, "settings": "reference", "n": self.count}
-            row = self.result.find(key)
-            if row is None:
-                psnr = -10 * (pictures - truth).square().mean((1, 2, 3)).log10()
-                found = round(judging.frechet(self.judge.of(pictures).features, self.real), 4)
-                row = {**key, "frechet": found, "psnr": round(float(psnr.mean()), 3) if method != "originals" else None}
-                self.result.add(row)
-            print(f"{method}: Fréchet distance {row['frechet']}, PSNR {row['psnr']}", flush=True)
+        seeds = portraits.TEST_SEEDS[: self.count]
+        print(f"originals: Fréchet distance {originals_row(self.result, seeds, self.real)['frechet']}", flush=True)
+        key = {"method": "autoencoder", "settings": "reference", "n": self.count}
+        row = self.result.find(key)
+        if row is None:
+            truth = originals(seeds)
+            with torch.inference_mode():
+                vae = loaded()[2]
+                decoded = vae.decode(vae.encode(truth.movedim(1, -1))).movedim(-1, 1).clamp(0, 1).clone()
+            psnr = round(float(ratio(decoded, truth).mean()), 3)
+            row = {**key, "frechet": frechet(decoded, self.real), "psnr": psnr}
+            self.result.add(row)
+        print(f"autoencoder: Fréchet distance {row['frechet']}, PSNR {row['psnr']}", flush=True)
 
     def methods(self, task: str, nfe: int, names: list[str]) -> None:
         """All rows of a task and number of model calls."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from result import Result
 from sphereguide.demo import judge as judging
 from sphereguide.demo import portraits, toy_portraits
 from torch import Tensor
 
-__all__ = ["fast_vae", "features_of", "real_features"]
+__all__ = ["fast_vae", "features_of", "frechet", "originals", "originals_row", "real_features"]
 
 FEW = 4
 """Pictures that are decoded at once: their activations stay in a processor's cache."""
@@ -37,6 +40,24 @@ def features_of(latents: Tensor) -> Tensor:
     with torch.inference_mode():
         pictures = torch.cat([fast_vae().decode(few) for few in latents.split(FEW)])
     return _judge().of(pictures.movedim(-1, 1).clone()).features
+
+
+def frechet(pictures: Tensor, real: Tensor) -> float:
+    """Distance of pictures `[B, 3, 128, 128]` in 0..1 to those with the features `real`, in four digits."""
+    return round(judging.frechet(_judge().of(pictures).features, real), 4)
+
+
+def originals(seeds: Sequence[portraits.Portrait | int]) -> Tensor:
+    """Portraits, `[B, 3, 128, 128]`, 0..1."""
+    return judging.to_tensor(np.stack([portraits.render(seed) for seed in seeds]))
+
+
+def originals_row(result: Result, seeds: Sequence[int], real: Tensor) -> dict[str, Any]:
+    """What the Fréchet distance of so few is, be they perfect: of the test portraits `seeds` themselves."""
+    key = {"method": "originals", "settings": "reference", "n": len(seeds)}
+    if result.find(key) is None:
+        result.add({**key, "frechet": frechet(originals(seeds), real)})
+    return result.find(key)
 
 
 def real_features(first: int, quick: bool) -> Tensor:
