@@ -20,7 +20,7 @@ rate γ = ½, of log tan.
 
     log tan α ← log tan α + γ·(cos(g, g_before) − (1 − κ))        κ = auto_strength; 1 seeks the minimum
 
-A weight of the loss multiplies κ. Repetitions take the angle as it is.
+A weight of the loss multiplies κ, and the first step's guidance_rate. Repetitions take the angle as it is.
 
 Recurrence (time travel: FreeDoM, Yu et al., ICCV 2023, arXiv 2303.09833) repeats a step: guide it, go back by noise.
 """

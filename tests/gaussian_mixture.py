@@ -13,6 +13,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import comfy.latent_formats
 import comfy.model_base
 import comfy.model_patcher
 import comfy.samplers
@@ -75,11 +76,18 @@ class _Config(comfy.supported_models_base.BASE):
 CONFIG = _Config({"disable_unet_model_creation": True})
 
 
-def patcher(model_type: str = "EPS") -> comfy.model_patcher.ModelPatcher:
-    """The mixture as a MODEL. Made in inference mode, like everything that a node loads."""
+def patcher(
+    model_type: str = "EPS", latent_format: comfy.latent_formats.LatentFormat | None = None
+) -> comfy.model_patcher.ModelPatcher:
+    """The mixture as a MODEL. Made in inference mode, like everything that a node loads.
+
+    `latent_format` says what the model's latents are to a VAE; without it they are the same.
+    """
     with torch.inference_mode():
         model = GaussianMixture(CONFIG, comfy.model_base.ModelType[model_type])
         model.diffusion_model = Denoiser()
+        if latent_format is not None:
+            model.latent_format = latent_format
         cpu = torch.device("cpu")
         return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 

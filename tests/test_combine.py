@@ -10,7 +10,10 @@ from sphereguide.losses.base import Loss, Step
 from sphereguide.losses.combine import Combined, Masked, Scheduled
 from sphereguide.losses.measurement import LowPass
 from sphereguide.nodes.combine import CombineLosses, MaskLoss, ScheduleLoss
+from sphereguide.samplers.diffrgd import Riemannian, riemannian_guided
+from sphereguide.samplers.dps import Posterior, posterior_guided
 from sphereguide.samplers.dsg import Guidance, guided
+from sphereguide.samplers.tfg import Unified, unified_guided
 from sphereguide.samplers.trace import GuidanceTrace
 
 
@@ -180,6 +183,31 @@ def test_a_constant_schedule_multiplies_the_guidance_rate():
     assert torch.equal(most, sample(Distance(), 1.0)[0])
 
 
+#: What a loss's weight multiplies: all of it is the strength, the rest is off.
+STRENGTHS = {
+    "guidance_rate and auto_strength": (guided, Guidance, ["guidance_rate", "auto_strength"], {}),
+    "step_size of DPS": (posterior_guided, Posterior, ["step_size"], {}),
+    "step_size of DiffRGD": (riemannian_guided, Riemannian, ["step_size"], {}),
+    "rho": (unified_guided, Unified, ["rho"], {"mu": 0.0}),
+    "mu": (unified_guided, Unified, ["mu"], {"rho": 0.0}),
+}
+
+
+@pytest.mark.parametrize("method", STRENGTHS)
+def test_a_constant_schedule_multiplies_the_strength_of_every_method(method):
+    steer, objective, names, rest = STRENGTHS[method]
+
+    def at(loss, strength):
+        with torch.inference_mode():
+            settings = objective(loss, **dict.fromkeys(names, strength), **rest)
+        sampler = steer(comfy.samplers.ksampler("euler_ancestral"), settings, GuidanceTrace())
+        return gaussian_mixture.sample(sampler, gaussian_mixture.patcher(), steps=12)
+
+    halved = at(Scheduled(Distance(), "constant", 0.0, 1.0, weight=0.5), 0.4)
+    assert torch.equal(halved, at(Distance(), 0.2))
+    assert not torch.equal(halved, at(Distance(), 0.4))
+
+
 def test_steps_of_weight_zero_are_not_guided():
     whole, late = sample(Distance(), 0.2)[1], sample(Scheduled(Distance(), "window", 0.3, 0.7), 0.2)[1]
     inside = [step.step for step in late.steps]
@@ -235,8 +263,19 @@ def test_an_empty_mask_is_refused(directions):
 def test_the_nodes_make_what_they_say(images, directions):
     losses = [Linear(d) for d in directions]
     (combined,) = CombineLosses().make(losses[0], losses[1], 1.0, 0.0, 0.5, 1.0, False, loss_3=losses[2])
-    torch.testing.assert_close(combined(images), losses[0](images) + 0.5 * losses[2](images))
+    value, g = gradient(combined, images)
+    torch.testing.assert_close(value, losses[0](images) + 0.5 * losses[2](images))
+    torch.testing.assert_close(g, (directions[0] + 0.5 * directions[2]).expand_as(g))
+    (normalised,) = CombineLosses().make(losses[0], losses[1], 1.0, 0.0, 0.5, 1.0, True, loss_3=losses[2])
+    unit = [direction / direction.norm() for direction in directions]
+    torch.testing.assert_close(gradient(normalised, images)[1], (unit[0] + 0.5 * unit[2]).expand_as(g))
     (scheduled,) = ScheduleLoss().make(combined, 0.5, "ramp up", 0.0, 1.0)
     (masked,) = MaskLoss().make(scheduled, torch.ones(8, 8), "whole image")
     assert masked.weight(Step(progress=0.5)) == 0.25
     torch.testing.assert_close(masked(images), combined(images))
+    mask = torch.zeros(8, 8)
+    mask[2:5, 1:7] = 1
+    for sees, size in (("whole image", (8, 8)), ("region", (3, 6))):
+        inner = Linear(directions[0])
+        MaskLoss().make(inner, mask, sees)[0](images)
+        assert inner.seen[0].shape[-2:] == size

@@ -6,6 +6,7 @@ import contextlib
 import sys
 from types import SimpleNamespace
 
+import comfy.latent_formats
 import comfy.model_management
 import comfy.samplers
 import gaussian_mixture
@@ -13,6 +14,7 @@ import pytest
 import tiny_models
 import torch
 from sphereguide import host
+from sphereguide.losses.base import Loss
 from sphereguide.losses.measurement import Inpainting, SuperResolution
 from sphereguide.models.decoder import Decoder
 from sphereguide.nodes.guidance import DSGGuidance
@@ -59,6 +61,41 @@ def test_a_latent_loss_needs_no_vae():
     sampler, trace = guide()
     gaussian_mixture.sample(sampler, gaussian_mixture.patcher(), steps=4)
     assert len(trace.steps) == 3
+
+
+@pytest.mark.parametrize("gradient", ["full", "fast"])
+def test_a_loss_sees_what_the_vae_makes_of_the_estimate_in_its_own_scale(gradient):
+    """SD1.5's latents are 0.18215 of the VAE's."""
+    seen, estimates, vae = [], [], tiny_models.TinyVAE()
+
+    class Spy(Loss):
+        def forward(self, images, step=None):
+            seen.append(images.detach().clone())
+            return images.flatten(1).sum(1)
+
+    model = gaussian_mixture.patcher("EPS", comfy.latent_formats.SD15())
+    sampler, _ = guide(loss=Spy(), vae=vae, gradient=gradient)
+    gaussian_mixture.sample(
+        sampler, model, batch=2, steps=4, callback=lambda _, denoised, *rest: estimates.append(denoised.clone())
+    )
+    assert len(seen) == 3
+    with torch.inference_mode():
+        for images, denoised in zip(seen, estimates[:3], strict=True):
+            torch.testing.assert_close(images, Decoder(vae)(denoised / 0.18215))
+
+
+def test_a_loss_knows_the_seed_of_the_run_and_remembers_until_its_end():
+    class Spy(Distance):
+        def forward(self, latents, step=None):
+            seen.append((step.seed, step.memory.get("told"), step.index))
+            step.memory["told"] = step.index
+            return super().forward(latents)
+
+    for seed in (7, 8):
+        seen = []
+        sampler, _ = guide(loss=Spy())
+        gaussian_mixture.sample(sampler, gaussian_mixture.patcher(), steps=4, seed=seed)
+        assert seen == [(seed, None, 0), (seed, 0, 1), (seed, 1, 2)]
 
 
 def test_an_empty_range_is_refused():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
+import comfy.latent_formats
 import comfy.samplers
 import gaussian_mixture
 import pytest
@@ -14,6 +13,7 @@ from sphereguide.losses.measurement import low_pass
 from sphereguide.nodes.reference import ILVRReference
 from sphereguide.samplers.dsg import Guidance, guided
 from sphereguide.samplers.ilvr import referenced
+from sphereguide.samplers.kernel import noise_of
 from sphereguide.samplers.trace import GuidanceTrace
 
 SAMPLERS = ["euler", "heun", "dpmpp_2m", "euler_ancestral", "dpm_2_ancestral", "dpmpp_2m_sde", "lms"]
@@ -43,26 +43,44 @@ def test_the_result_has_the_low_frequencies_of_the_reference(model, reference, n
     assert (low_pass(plain, 2) - wanted).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("name", ["euler", "euler_ancestral", "dpmpp_2m"])
-def test_the_model_is_asked_about_states_with_the_low_frequencies_of_the_noised_reference(model, reference, name):
-    asked = []
+def states(model, sampler, **kwargs):
+    """Those that the network is asked about, and the noise levels of the schedule."""
+    asked, scheduler = [], "simple" if kwargs.pop("flow", False) else "normal"
     apply_model = model.model.apply_model
 
-    def spy(x, t, *args, **kwargs):
-        asked.append((x.clone(), float(t[0])))
-        return apply_model(x, t, *args, **kwargs)
+    def spy(x, *args, **kwargs):
+        asked.append(x.clone())
+        return apply_model(x, *args, **kwargs)
 
     model.model.apply_model = spy
     try:
-        gaussian_mixture.sample(sampler(name, torch.zeros_like(reference)), model, steps=12, cfg=1.0)
+        gaussian_mixture.sample(sampler, model, steps=12, scheduler=scheduler, **kwargs)
     finally:
         del model.model.apply_model
+    return asked, comfy.samplers.calculate_sigmas(model.model.model_sampling, scheduler, 12)
+
+
+@pytest.mark.parametrize("prediction", ["EPS", "FLOW"])
+@pytest.mark.parametrize("name", ["euler", "euler_ancestral", "dpmpp_2m"])
+@pytest.mark.parametrize("start", [0.0, 0.5])
+def test_the_model_is_asked_about_states_with_the_low_frequencies_of_the_noised_reference(
+    reference, prediction, name, start
+):
+    """q(y_t | y) in the model's own scale, with the noise of the seed and the step; before `start` nothing is done."""
+    model = gaussian_mixture.patcher(prediction, comfy.latent_formats.SD15())
+    sampling, flow = model.model.model_sampling, prediction == "FLOW"
+    asked, sigmas = states(model, sampler(name, reference, start), seed=3, flow=flow)
+    plain, _ = states(model, comfy.samplers.ksampler(name), seed=3, flow=flow)
     assert len(asked) == 12
-    scaled = [low_pass(x, 2) / sigma for x, sigma in asked[1:]]  # noise alone, since the reference is zero
-    spread = torch.stack(scaled).std()
-    expected = low_pass(torch.randn(4096, *gaussian_mixture.SHAPE), 2).std()
-    assert 0.5 * expected < spread < 1.5 * expected
-    assert all((a - b).abs().max() > 1e-3 for a, b in pairwise(scaled))  # drawn anew each step
+    refined = [i for i in range(1, 12) if sigmas[i] <= float(sampling.percent_to_sigma(start))]
+    assert refined == list(range(refined[0], 12)) and (refined[0] > 1) == (start > 0)
+    for i, (x, without) in enumerate(zip(asked, plain, strict=True)):
+        if i < refined[0]:
+            assert torch.equal(x, without)
+            continue
+        noise = noise_of((1, *gaussian_mixture.SHAPE), 3, i)
+        noised = sampling.noise_scaling(sigmas[i], noise, 0.18215 * reference)
+        torch.testing.assert_close(low_pass(x, 2), low_pass(noised, 2))
 
 
 def test_a_range_without_a_step_and_the_last_step_out_of_it(model, reference):
@@ -74,7 +92,8 @@ def test_a_range_without_a_step_and_the_last_step_out_of_it(model, reference):
 
 
 def test_the_seed_reproduces_it_and_the_random_numbers_of_the_sampler_stay_its_own(model, reference):
-    runs = [gaussian_mixture.sample(sampler("euler_ancestral", reference), model, seed=seed) for seed in (1, 1, 2)]
+    noise = torch.randn(1, *gaussian_mixture.SHAPE)
+    runs = [gaussian_mixture.sample(sampler("euler", reference), model, seed=seed, noise=noise) for seed in (1, 1, 2)]
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
     gaussian_mixture.sample(sampler("euler", reference), model)
     after = torch.rand(1)
