@@ -6,8 +6,10 @@ import contextlib
 import functools
 import inspect
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -24,6 +26,7 @@ from torch import Tensor
 __all__ = [
     "NoiseSampler",
     "Probe",
+    "Rehearsal",
     "additional_models",
     "adds_noise",
     "base_model",
@@ -32,13 +35,14 @@ __all__ = [
     "encoded",
     "fitted",
     "guider",
+    "keeps_changes",
     "kept_activations",
     "latent_dimensions",
     "loaded",
     "networks",
-    "noise_shares",
     "noise_source",
     "previewer",
+    "rehearsed",
     "sample_latent",
     "stochastic_samplers",
     "streamed_layers",
@@ -250,20 +254,31 @@ def adds_noise(sampler: comfy.samplers.KSAMPLER) -> bool | None:
         return False
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            quiet, loud = (_trial(sampler, size) for size in (0.0, 1.0))
+            sigmas = torch.tensor([10.0, 4.0, 1.0, 0.3, 0.0])
+            quiet, loud = (_trial(sampler, size, _TrialModel(_unit), sigmas) for size in (0.0, 1.0))
     except Exception:
         log.debug("sampler %r could not be tried", sampler.sampler_function, exc_info=True)
         return None
     return not torch.equal(quiet, loud)
 
 
-def noise_shares(
-    function: Callable[..., Tensor], model: Any, sigmas: Tensor, options: dict[str, Any]
-) -> dict[int, float]:
-    """c of x = μ + c·ε, by the number of the draw of ε: x is what the sampler asks the model about next, or its result.
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a sampler function does with a schedule, whatever the model.
 
-    Found by a run of the sampler function on a model that answers zero: c is a matter of the function, its options and
-    the sigmas alone. `model` is the real one, whose noise levels the function may ask for.
+    shares  c of x = μ + c·ε, by the number of the draw of ε: x is what it asks the model about next, or its result
+    begins  the step, by the number of the model call with which it begins: the last one before the callback of the step
+    """
+
+    shares: dict[int, float]
+    begins: dict[int, int]
+
+
+def rehearsed(function: Callable[..., Tensor], model: Any, sigmas: Tensor, options: dict[str, Any]) -> Rehearsal | None:
+    """Found by a run of the sampler function on a model that answers zero. It tells nothing where that fails.
+
+    `model` is the real one, whose noise levels the function may ask for. As for `adds_noise`, another pack's sampler
+    may need more of it.
     """
     silent = _SilentModel(model, 8 * len(sigmas))
 
@@ -273,18 +288,22 @@ def noise_shares(
         noise[..., (silent.draws - 1) % silent.width] = 1
         return noise
 
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        x = inspect.unwrap(function)(
-            silent,
-            sigmas.new_zeros(1, 1, 1, silent.width),
-            sigmas,
-            extra_args={"seed": 0, "model_options": {}},
-            callback=None,
-            disable=True,
-            **{**options, "noise_sampler": draw},
-        )
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            x = inspect.unwrap(function)(
+                silent,
+                sigmas.new_zeros(1, 1, 1, silent.width),
+                sigmas,
+                extra_args={"seed": 0, "model_options": {}},
+                callback=silent.told,
+                disable=True,
+                **{**options, "noise_sampler": draw},
+            )
+    except Exception:
+        log.debug("sampler %r could not be rehearsed", function, exc_info=True)
+        return Rehearsal({}, {})
     silent.saw(x)
-    return silent.shares
+    return Rehearsal(silent.shares, silent.begins)
 
 
 class _SilentModel:
@@ -293,45 +312,99 @@ class _SilentModel:
     def __init__(self, model: Any, width: int) -> None:
         self.wrapped = model
         self.width = width
-        self.draws = 0
+        self.draws = self.calls = 0
         self.shares: dict[int, float] = {}
+        self.begins: dict[int, int] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.wrapped, name)
 
     def __call__(self, x: Tensor, sigma: Tensor, model_options: dict[str, Any] | None = None, **_: Any) -> Tensor:
         self.saw(x)
+        self.calls += 1
         return _after_cfg(torch.zeros_like(x), model_options)
 
     def saw(self, x: Tensor) -> None:
         if self.draws:
             self.shares.setdefault(self.draws - 1, float(x[..., (self.draws - 1) % self.width]))
 
+    def told(self, state: dict[str, Any]) -> None:
+        self.begins[self.calls - 1] = state["i"]
 
-def _trial(sampler: comfy.samplers.KSAMPLER, noise: float) -> Tensor:
-    model = _TrialModel()
-    sigmas = torch.tensor([10.0, 4.0, 1.0, 0.3, 0.0])
-    options = {**sampler.extra_options, "noise_sampler": lambda sigma, sigma_next: torch.full((1, 1, 2, 2), noise)}
-    x = torch.full((1, 1, 2, 2), 10.0)
+
+def keeps_changes(sampler: comfy.samplers.KSAMPLER) -> bool | None:
+    """Whether `sampler` goes on from the x that it asks the model about at a step's level, if that is changed in place.
+
+    uni_pc asks about a copy, sa_solver corrects its state from earlier ones, dpm_fast asks at levels of its own. Found
+    by trying, on a schedule of short steps. None where the trial failed, or the sampler does not tell its steps.
+    """
+    sigmas = torch.tensor([0.9 ** (1 + i) for i in range(8)])  # below 1, as those of flow models are
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            plain = _TrialModel(_half)
+            result = _trial(sampler, 0.0, plain, sigmas)
+            changes = []
+            for number, step in plain.begins.items():
+                if 0 < step < 7:
+                    changed = _TrialModel(_half, (number, float(sigmas[step])))
+                    changes.append(_trial(sampler, 0.0, changed, sigmas) / result - 1)
+    except Exception:
+        log.debug("sampler %r could not be tried", sampler.sampler_function, exc_info=True)
+        return None
+    if not plain.begins:
+        return None
+    # Of a change by a hundredth, a multistep sampler's history, which it does not know of, leaves four fifths and more.
+    return len(changes) >= 3 and all(float(change.min()) > 0.005 for change in changes)
+
+
+def _unit(x: Tensor, sigma: Tensor) -> Tensor:
+    """The denoiser of a unit Gaussian."""
+    return x / (1 + sigma.reshape(-1, 1, 1, 1) ** 2)
+
+
+def _half(x: Tensor, sigma: Tensor) -> Tensor:
+    """One for which a scaled state stays scaled by as much in all later steps."""
+    return x / 2
+
+
+def _trial(sampler: comfy.samplers.KSAMPLER, noise: float, model: _TrialModel, sigmas: Tensor) -> Tensor:
     function = inspect.unwrap(sampler.sampler_function)  # what a wrapper of ours wraps: the trial has no network
-    return function(model, x, sigmas, extra_args={"seed": 0}, callback=None, disable=True, **options)
+    options = dict(sampler.extra_options)
+    if "noise_sampler" in inspect.signature(function).parameters:
+        options["noise_sampler"] = lambda sigma, sigma_next: torch.full((1, 1, 2, 2), noise)
+    x = torch.full((1, 1, 2, 2), float(sigmas[0]))
+    return function(model, x, sigmas, extra_args={"seed": 0}, callback=model.told, disable=True, **options)
 
 
 class _TrialModel:
-    """The denoiser of a unit Gaussian, with as much of a guider around it as the host's samplers ask for."""
+    """A denoiser, with as much of a guider around it as the host's samplers ask for.
 
-    def __init__(self) -> None:
+    change  number of a call, and its sigma, in which x is scaled by 1.01, in place
+    """
+
+    def __init__(self, denoiser: Callable[[Tensor, Tensor], Tensor], change: tuple[int, float] = (-1, 0.0)) -> None:
         class ModelSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
             pass
 
         self.model_sampling = ModelSampling()
         self.inner_model = SimpleNamespace(model_patcher=self, inner_model=self)
+        self.denoiser = denoiser
+        self.change = change
+        self.calls = 0
+        self.begins: dict[int, int] = {}
 
     def get_model_object(self, name: str) -> Any:
         return getattr(self, name)
 
     def __call__(self, x: Tensor, sigma: Tensor, model_options: dict[str, Any] | None = None, **_: Any) -> Tensor:
-        return _after_cfg(x / (1 + sigma.reshape(-1, 1, 1, 1) ** 2), model_options)
+        number, level = self.change
+        if number == self.calls and math.isclose(float(sigma.max()), level, rel_tol=1e-4):
+            x *= 1.01
+        self.calls += 1
+        return _after_cfg(self.denoiser(x, sigma), model_options)
+
+    def told(self, state: dict[str, Any]) -> None:
+        self.begins[self.calls - 1] = state["i"]
 
 
 def _after_cfg(denoised: Tensor, model_options: dict[str, Any] | None) -> Tensor:

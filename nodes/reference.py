@@ -13,7 +13,8 @@ from .schedule_range import check_range, percent
 class ILVRReference:
     DESCRIPTION = (
         "Makes a sampler follow the coarse structure and colours of a reference latent, and leaves the rest to the "
-        "model. Works with every sampler, and costs nothing. ILVR, Choi et al., ICCV 2021, arXiv 2108.02938."
+        "model. Works with most samplers, deterministic ones too, and costs nothing. ILVR, Choi et al., ICCV 2021, "
+        "arXiv 2108.02938."
     )
     CATEGORY = "SphereGuide/guidance"
     FUNCTION = "refer"
@@ -26,7 +27,7 @@ class ILVRReference:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "sampler": ("SAMPLER", {"tooltip": "Any sampler. To guide it as well, put DSG Guidance behind."}),
+                "sampler": ("SAMPLER", {"tooltip": "Most will do. To guide it as well, put DSG Guidance behind."}),
                 "reference": ("LATENT", {"tooltip": "The reference picture, encoded by the model's VAE."}),
                 "factor": (
                     "INT",

@@ -60,7 +60,7 @@ def differentiable(*modules: nn.Module, holders: Iterable[Any] = ()) -> Iterator
                    wrapper with its noise and latent image, what another pack wraps around the model. Inference tensors
                    in them are cloned for the block.
 
-    Raises TypeError for weights of a tensor subclass that does not tell what it is made of.
+    Raises RuntimeError for weights of a tensor subclass that does not tell what it is made of.
     """
     mode = torch.is_inference_mode_enabled()
     with contextlib.ExitStack() as stack:

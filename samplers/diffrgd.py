@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,7 +29,6 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from .. import host
 from .kernel import GuidedModel, Objective, deviation, per_sample, steered
 from .trace import GuidanceTrace
 
@@ -93,10 +91,8 @@ class _OnSphere(GuidedModel):
 
     objective: Riemannian
     pending: _Drawn | None = None
+    last_drawn = -1  # the latest step whose noise counted
     known: tuple[Tensor, Tensor, Tensor] | None = None  # the latest model call: x, sigma and its answer
-
-    def began(self, function: Callable[..., Tensor], sigmas: Tensor, options: dict[str, Any]) -> None:
-        self.shares = host.noise_shares(function, self.wrapped, sigmas, options)
 
     def evaluated(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> tuple[Tensor, _Guided | None]:
         """The sampler's own call. It needs no gradient: that is taken where its step leads to."""
@@ -108,13 +104,15 @@ class _OnSphere(GuidedModel):
         return denoised, _Guided(self.step, weight, extra_args) if weight else None
 
     def drawn(self, noise: Tensor, sigma_next: Tensor) -> Tensor:
-        c = self.shares.get(self.draws - 1, math.nan)
-        if not math.isfinite(c):
+        c = self.rehearsal.shares.get(self.draws - 1, math.nan)
+        # exp_heun_2_x0_sde uses a step's first noise again, beside that of a share of zero.
+        if not math.isfinite(c) or (c == 0 and self.last_drawn == self.latest.step):
             raise ValueError(
                 f"{self.objective.METHOD}: this sampler adds its noise in a way that does not show the mean of its "
                 "step. Take another sampler, or DSG Guidance, which does not ask for it."
             )
         self.pending = _Drawn(self.latest, noise.clone(), c) if c else None
+        self.last_drawn = self.latest.step if c else self.last_drawn
         return noise
 
     def arrived(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> None:

@@ -36,10 +36,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .kernel import GRADIENTS, GuidedModel, Objective, per_sample, progress, steered
+from .kernel import GuidedModel, Objective, per_sample, progress, steered
 from .trace import Evaluation, GuidanceTrace
 
-__all__ = ["GRADIENTS", "Guidance", "guided", "on_sphere"]
+__all__ = ["Guidance", "guided", "on_sphere"]
 
 GAIN = 0.5
 """γ of auto strength."""
@@ -58,8 +58,8 @@ class Guidance(Objective):
     auto_strength   κ ≥ 0: the strength is found anew at each step, for each sample, and guidance_rate is that of the
                     first. 1 goes as far as the loss falls along a step, less stops before, more goes beyond. 0: off.
     recurrence      r ≥ 0: how often a step is repeated before the sampler's own. A repetition is a guided DDPM step
-                    (η = 1) and its undoing by fresh noise, done to the sampler's state: so it serves every sampler, and
-                    a multistep one keeps the history of its own steps alone.
+                    (η = 1) and its undoing by fresh noise, done to the sampler's state: so it serves every sampler that
+                    goes on from it, and a multistep one keeps the history of its own steps alone.
     recurrence_start, recurrence_end   the part of the schedule with repetitions, like start_percent and end_percent
     """
 
@@ -75,6 +75,10 @@ class Guidance(Objective):
     @property
     def off(self) -> bool:
         return self.guidance_rate == 0
+
+    @property
+    def moves_state(self) -> bool:
+        return self.recurrence > 0
 
 
 def on_sphere(noise: Tensor, gradient: Tensor, guidance_rate: float | Tensor, free: Tensor | None = None) -> Tensor:

@@ -1,11 +1,12 @@
-"""ILVR: Iterative Latent Variable Refinement (Choi et al., ICCV 2021, arXiv 2108.02938), for any sampler.
+"""ILVR: Iterative Latent Variable Refinement (Choi et al., ICCV 2021, arXiv 2108.02938), for most samplers.
 
 After each step the low frequencies of the state x' are replaced by those of the reference, noised to the same level:
 
     x = x' + φ_N(y_t) − φ_N(x'),    y_t ~ q(y_t | y)            eq. 8; φ_N scales down and up by N
 
 A sampler asks the model about its state, so the state is refined where it arrives there: in place, at each call whose
-sigma is an entry of the schedule. So multistep samplers keep their history.
+sigma is an entry of the schedule. So multistep samplers keep their history. A sampler that does not go on from there
+(uni_pc) is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 from .. import host
 from ..losses.base import repeat
 from ..losses.measurement import low_pass
-from .kernel import noise_of, with_function
+from .kernel import lost_changes_message, mask_at, noise_of, with_function
 
 __all__ = ["ReferencedModel", "referenced"]
 
@@ -37,8 +38,13 @@ def referenced(
     factor     N, in latent pixels, ≥ 2
 
     The noise of y_t depends on the seed of the run and on the step alone. With `end_percent` 1 the result itself is
-    refined too. A sampler that is guided already hides its state: running it raises ValueError.
+    refined too. What a noise mask keeps, it keeps.
+
+    Raises ValueError for a sampler that takes no notice of a change of its state. One that is guided already hides it:
+    running that raises ValueError.
     """
+    if host.keeps_changes(sampler) is False:
+        raise ValueError(lost_changes_message("ILVR Reference", sampler))
     function = sampler.sampler_function
 
     def sample(
@@ -50,10 +56,11 @@ def referenced(
         disable: bool | None = None,
         **options: Any,
     ) -> Tensor:
-        seed = (extra_args or {}).get("seed") or 0
+        extra_args = extra_args or {}
+        seed = extra_args.get("seed") or 0
         model = ReferencedModel(model, x, sigmas, reference, factor, start_percent, end_percent, seed)
         x = function(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable, **options)
-        return model.refined(x, len(sigmas) - 1) if end_percent >= 1 else x
+        return model.refined(x, len(sigmas) - 1, **extra_args) if end_percent >= 1 else x
 
     return with_function(sampler, sample)
 
@@ -103,14 +110,15 @@ class ReferencedModel:
             entries = (i for i, s in enumerate(self.schedule) if i and math.isclose(s, level, rel_tol=1e-4))
             step = next(entries, None)
             if step is not None:
-                x.copy_(self.refined(x, step))
+                x.copy_(self.refined(x, step, **extra_args))
         return self.wrapped(x, sigma, **extra_args)
 
-    def refined(self, x: Tensor, step: int) -> Tensor:
+    def refined(self, x: Tensor, step: int, **extra_args: Any) -> Tensor:
         """x with the low frequencies of the reference, noised to the level of that entry of the schedule."""
         sigma = torch.as_tensor(self.schedule[step], device=x.device, dtype=x.dtype)
         y = self.reference
         if self.schedule[step] > 0:
-            y = self.model_sampling.noise_scaling(sigma, noise_of(x.shape, self.seed, step).to(x), y)
-        change = (y - x).reshape(-1, *x.shape[-3:])
-        return x + low_pass(change, self.factor).reshape(x.shape)
+            y = self.model_sampling.noise_scaling(sigma, noise_of(x.shape, self.seed, step, 0, 1).to(x), y)
+        change = low_pass((y - x).reshape(-1, *x.shape[-3:]), self.factor).reshape(x.shape)
+        mask = mask_at(self.wrapped, sigma.expand(len(x)), **extra_args)
+        return x + (change if mask is None else change * mask)

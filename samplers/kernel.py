@@ -90,6 +90,11 @@ class Objective:
         """Whether nothing is guided, so that the sampler runs as it is, bit for bit."""
         raise NotImplementedError
 
+    @property
+    def moves_state(self) -> bool:
+        """Whether it changes the sampler's state, and not its noise alone."""
+        return True
+
 
 def deterministic_sampler_message(method: str, what: str) -> str:
     return (
@@ -99,11 +104,25 @@ def deterministic_sampler_message(method: str, what: str) -> str:
     )
 
 
+def lost_changes_message(title: str, sampler: comfy.samplers.KSAMPLER) -> str:
+    name = getattr(sampler.sampler_function, "__name__", "").removeprefix("sample_")
+    return (
+        f"{title} changes the state of a sampler from step to step, and this sampler ({name}) does not go on from it: "
+        "it takes the state from its own records, or asks the model at other noise levels than those of the schedule. "
+        "Connect another, such as euler or euler_ancestral."
+    )
+
+
 def steered(
     sampler: comfy.samplers.KSAMPLER, objective: Objective, trace: GuidanceTrace, method: type[GuidedModel]
 ) -> comfy.samplers.KSAMPLER:
-    """`sampler`, guided. It keeps its options, and its function's signature stays visible to other packs."""
+    """`sampler`, guided. It keeps its options, and its function's signature stays visible to other packs.
+
+    Raises ValueError for a sampler that takes no notice of what a method does to its state.
+    """
     function = sampler.sampler_function
+    if objective.moves_state and not objective.off and host.keeps_changes(sampler) is False:
+        raise ValueError(lost_changes_message(objective.METHOD, sampler))
 
     def sample(
         model: Any,
@@ -125,7 +144,7 @@ def steered(
         mode = torch.inference_mode(torch.is_inference_mode_enabled())
         with _prepared_for(objective, model, x, extra_args) as (recording, extra_args, stay_loaded):
             guided_model = method(model, sigmas, objective, trace, recording, seed)
-            guided_model.began(function, sigmas, options)
+            guided_model.rehearsal = host.rehearsed(function, model, sigmas, options)
             arguments["noise_sampler"] = guided_model.noise_sampler(source)
             arguments["callback"] = guided_model.callback(mode(callback) if callback else None, stay_loaded)
             x = function(guided_model, normal(x), normal(sigmas), extra_args=extra_args, **arguments)
@@ -262,6 +281,8 @@ class GuidedModel:
     """
 
     guides_last_step = False  # the one to sigma 0
+    rehearsal = host.Rehearsal({}, {})
+    begins_step = False  # whether the current call is the first of its step
 
     def __init__(
         self,
@@ -293,14 +314,11 @@ class GuidedModel:
         self.seed = seed or 0
         self.memory: dict[Any, Any] = {}
         self.step = 0
-        self.guided_calls = self.draws = 0
+        self.calls = self.guided_calls = self.draws = 0
         self.latest: Any = None  # what the method keeps of a guided call, an `Evaluation` mostly
         self.repeated = -1  # the latest step that was repeated
 
     # What a method does with the gradient
-
-    def began(self, function: Callable[..., Tensor], sigmas: Tensor, options: dict[str, Any]) -> None:
-        """Called before the run, with the sampler's function and what that is called with."""
 
     def arrived(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> None:
         """Called before each model call with the sampler's own x, which goes on with what x becomes in place."""
@@ -317,6 +335,11 @@ class GuidedModel:
         return getattr(self.wrapped, name)
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        if begins := self.rehearsal.begins:
+            self.begins_step, self.step = self.calls in begins, begins.get(self.calls, self.step)
+        else:
+            self.begins_step = math.isclose(float(sigma.max()), self.schedule[self.step], rel_tol=1e-4)
+        self.calls += 1
         self.arrived(x, sigma, **extra_args)
         denoised, self.latest = self.evaluated(x, sigma, **extra_args)
         self.guided_calls += self.latest is not None
@@ -429,8 +452,7 @@ class GuidedModel:
 
         `guide(noise, sigma_next, at)` gives ε' of the guided DDPM step, and what is added to x_next.
         """
-        first = abs(float(sigma.max()) - self.schedule[self.step]) <= 1e-4 * float(sigma.max())
-        if times == 0 or self.repeated >= self.step or not first:
+        if times == 0 or self.repeated >= self.step or not self.begins_step:
             return
         self.repeated = self.step
         sigma_next = sigma.new_tensor(self.schedule[self.step + 1])
@@ -455,8 +477,8 @@ class GuidedModel:
         forth, back = noise_of((2, *x.shape), self.seed, self.step, repetition).to(x)
         return forth, back
 
-    # Two things tell that a step is over: the draw that leads to the next entry of the schedule, and the next step's
-    # callback. The sigma of a call does not: the second call of dpm_2_ancestral lies on, or below, the next entry.
+    # Without a rehearsal two things tell that a step is over: the draw that leads to the next entry of the schedule and
+    # the next step's callback. A call's sigma does not: dpm_2_ancestral's second lies on, or below, the next entry.
 
     def _advance(self, sigma_next: float) -> None:
         ahead = range(self.step + 1, len(self.schedule) - 1)
@@ -479,7 +501,8 @@ class GuidedModel:
         def draw(sigma: Tensor, sigma_next: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             noise = source(sigma, sigma_next, *args, **kwargs)
             self.draws += 1
-            self._advance(float(sigma_next))
+            if not self.rehearsal.begins:
+                self._advance(float(sigma_next))
             return noise if self.latest is None else self.drawn(noise, sigma_next)
 
         return draw

@@ -136,13 +136,14 @@ class _Moved(ShiftedModel):
     """Moves the state that a step led to by Δ_t and Δ₀ of the call with which it began."""
 
     objective: Unified
-    calls = 0  # that were differentiated
+    differentiations = 0
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.corner = PRESETS[self.objective.preset]
         bars = [self._bar(torch.tensor(sigma)) for sigma in self.schedule]
-        self.mean = sum(bar / bar_next for bar, bar_next in itertools.pairwise(bars)) / (len(bars) - 1)
+        mean = sum(bar / bar_next for bar, bar_next in itertools.pairwise(bars)) / (len(bars) - 1)
+        self.mean = mean or 1.0  # 0 where the only step is one of a flow model from pure noise, and a with it
 
     def _bar(self, sigma: Tensor) -> float:
         alpha, noise = levels(self.model.model_sampling, sigma)
@@ -164,7 +165,7 @@ class _Moved(ShiftedModel):
         return inner * at.delta - (outer * at.gradient if outer else 0)
 
     def differentiated(self, x: Tensor, sigma: Tensor, weight: float, **extra_args: Any) -> tuple[Tensor, _Ascended]:
-        self.calls += 1
+        self.differentiations += 1
         self.deviation = self.objective.sigma_bar * math.sqrt(1 - self._bar(sigma.max()))
         denoised, at = super().differentiated(x, sigma, weight, **extra_args)
         ascended = self._ascended(denoised, at)
@@ -200,4 +201,4 @@ class _Moved(ShiftedModel):
         if self.deviation == 0:
             return denoised.new_zeros(1)
         shape = (self.objective.samples, 1, *denoised.shape[1:])
-        return self.deviation * noise_of(shape, self.seed, self.calls, 1, 1).to(denoised)
+        return self.deviation * noise_of(shape, self.seed, self.differentiations, 1, 1).to(denoised)

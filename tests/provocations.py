@@ -698,6 +698,16 @@ WRONG = {
         needs="hooks",
     ),
     **cases(
+        "SphereGuideILVR",
+        {
+            "reference with a sampler that asks about a copy": (
+                guided(sampler=referred("pc"), pc=node("KSamplerSelect", sampler_name="uni_pc")),
+                "… changes the state of a sampler from step to step, and this sampler (…) does not go on from it",
+                "Connect another, such as euler or euler_ancestral.",
+            ),
+        },
+    ),
+    **cases(
         "SphereGuideEpsilonScaling",
         {
             "no schedule": (

@@ -17,7 +17,8 @@ import pytest
 import tiny_models
 import torch
 from sphereguide.losses.base import Loss
-from sphereguide.samplers.dsg import GRADIENTS, Guidance, guided
+from sphereguide.samplers.dsg import Guidance, guided
+from sphereguide.samplers.kernel import GRADIENTS
 from sphereguide.samplers.trace import GuidanceTrace
 from tiny_models import ARCHITECTURES, Architecture
 from torch import Tensor, nn

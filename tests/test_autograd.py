@@ -15,7 +15,8 @@ from sphereguide.losses.measurement import SuperResolution
 from sphereguide.models.decoder import Decoder
 from sphereguide.samplers import kernel
 from sphereguide.samplers.autograd import differentiable, normal
-from sphereguide.samplers.dsg import GRADIENTS, Guidance, guided
+from sphereguide.samplers.dsg import Guidance, guided
+from sphereguide.samplers.kernel import GRADIENTS
 from sphereguide.samplers.trace import GuidanceTrace
 
 

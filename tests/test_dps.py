@@ -10,9 +10,15 @@ import pytest
 import torch
 from sphereguide import host
 from sphereguide.nodes.guidance import DPSGuidance
+from sphereguide.samplers.diffrgd import Riemannian, riemannian_guided
 from sphereguide.samplers.dps import Posterior, posterior_guided
+from sphereguide.samplers.dsg import Guidance, guided
+from sphereguide.samplers.tfg import Unified, unified_guided
 from sphereguide.samplers.trace import GuidanceTrace
 from test_dsg import Distance, unguided
+
+MOVABLE = [name for name in host.stochastic_samplers() if host.keeps_changes(comfy.samplers.sampler_object(name))]
+"""Those that go on from a state that was moved."""
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +66,7 @@ def test_step_size_zero_is_the_unguided_sampler_bit_for_bit(model):
     assert not trace
 
 
-@pytest.mark.parametrize("name", host.stochastic_samplers())
+@pytest.mark.parametrize("name", MOVABLE)
 def test_the_loss_falls_with_every_sampler(model, name):
     schedule = {"batch": 4, "steps": 20, "scheduler": "exponential"}
     latent, trace = run(model, name, settings={"step_size": 0.3}, **schedule)
@@ -107,6 +113,23 @@ def test_a_denoise_mask_keeps_its_region(model):
     result, trace = run(model, denoise_mask=mask, latent=latent)
     torch.testing.assert_close(result[..., 1], latent[..., 1])
     assert trace
+
+
+def test_samplers_that_take_their_state_from_elsewhere_are_refused():
+    refused = {"sa_solver", "sa_solver_pece"} & set(comfy.samplers.KSampler.SAMPLERS)
+    assert set(MOVABLE) == set(host.stochastic_samplers()) - refused
+    moving = [
+        (posterior_guided, Posterior(Distance())),
+        (unified_guided, Unified(Distance())),
+        (riemannian_guided, Riemannian(Distance())),
+        (guided, Guidance(Distance(), recurrence=1)),
+    ]
+    for name in refused:
+        sampler = comfy.samplers.sampler_object(name)
+        for steer, objective in moving:
+            with pytest.raises(ValueError, match=rf"changes the state.*\({name}\) does not go on from it"):
+                steer(sampler, objective, GuidanceTrace())
+        assert guided(sampler, Guidance(Distance()), GuidanceTrace())
 
 
 def test_the_node_refuses_what_adds_no_noise():

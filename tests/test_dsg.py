@@ -12,7 +12,8 @@ import pytest
 import torch
 from sphereguide import host
 from sphereguide.losses.base import Loss, Step
-from sphereguide.samplers.dsg import GRADIENTS, Guidance, guided, on_sphere
+from sphereguide.samplers.dsg import Guidance, guided, on_sphere
+from sphereguide.samplers.kernel import GRADIENTS
 from sphereguide.samplers.trace import GuidanceTrace
 from torch import Tensor
 

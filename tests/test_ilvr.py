@@ -16,7 +16,12 @@ from sphereguide.samplers.ilvr import referenced
 from sphereguide.samplers.kernel import noise_of
 from sphereguide.samplers.trace import GuidanceTrace
 
-SAMPLERS = ["euler", "heun", "dpmpp_2m", "euler_ancestral", "dpm_2_ancestral", "dpmpp_2m_sde", "lms"]
+SAMPLERS = [
+    name
+    for name in comfy.samplers.KSampler.SAMPLERS
+    if host.keeps_changes(comfy.samplers.sampler_object(name)) and "cfg_pp" not in name
+]
+REFUSED = {"uni_pc", "uni_pc_bh2", "dpm_fast", "dpm_adaptive", "sa_solver", "sa_solver_pece"}
 
 
 @pytest.fixture(scope="module")
@@ -30,57 +35,76 @@ def reference():
 
 
 def sampler(name, reference, start=0.0, end=1.0):
-    (node,) = ILVRReference().refer(comfy.samplers.ksampler(name), {"samples": reference}, 2, start, end)
+    (node,) = ILVRReference().refer(comfy.samplers.sampler_object(name), {"samples": reference}, 2, start, end)
     return node
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_result_has_the_low_frequencies_of_the_reference(model, reference, name):
     x = gaussian_mixture.sample(sampler(name, reference), model, batch=2, steps=12)
-    plain = gaussian_mixture.sample(comfy.samplers.ksampler(name), model, batch=2, steps=12)
+    plain = gaussian_mixture.sample(comfy.samplers.sampler_object(name), model, batch=2, steps=12)
     wanted = low_pass(reference, 2)
     torch.testing.assert_close(low_pass(x, 2), wanted.expand_as(x), atol=2e-3, rtol=0)
     assert (low_pass(plain, 2) - wanted).abs().max() > 0.1
 
 
-def states(model, sampler, **kwargs):
-    """Those that the network is asked about, and the noise levels of the schedule."""
-    asked, scheduler = [], "simple" if kwargs.pop("flow", False) else "normal"
-    apply_model = model.model.apply_model
+@pytest.mark.parametrize("name", sorted(REFUSED & set(comfy.samplers.KSampler.SAMPLERS)))
+def test_a_sampler_that_takes_its_state_from_elsewhere_is_refused(reference, name):
+    with pytest.raises(ValueError, match=r"ILVR Reference changes the state.*does not go on from it.*such as euler"):
+        sampler(name, reference)
 
-    def spy(x, *args, **kwargs):
-        asked.append(x.clone())
-        return apply_model(x, *args, **kwargs)
+
+@pytest.mark.parametrize("end", [0.5, 1.0])
+def test_a_noise_mask_keeps_its_region(model, reference, end):
+    mask = torch.zeros(1, 1, 2, 2)
+    mask[..., 0] = 1
+    latent = torch.full((1, *gaussian_mixture.SHAPE), 0.5)
+    kept = gaussian_mixture.sample(sampler("euler", reference, end=end), model, denoise_mask=mask, latent=latent)
+    torch.testing.assert_close(kept[..., 1], latent[..., 1])
+    plain = gaussian_mixture.sample(comfy.samplers.ksampler("euler"), model, denoise_mask=mask, latent=latent)
+    assert (kept - plain)[..., 0].abs().max() > 0.05
+
+
+def states(model, sampler, scheduler="normal", **kwargs):
+    """Those that the network is asked about with their noise levels, and the schedule."""
+    asked, apply_model = [], model.model.apply_model
+
+    def spy(x, t, *args, **kwargs):
+        asked.append((x.clone(), float(t[0])))
+        return apply_model(x, t, *args, **kwargs)
 
     model.model.apply_model = spy
     try:
         gaussian_mixture.sample(sampler, model, steps=12, scheduler=scheduler, **kwargs)
     finally:
         del model.model.apply_model
-    return asked, comfy.samplers.calculate_sigmas(model.model.model_sampling, scheduler, 12)
+    return asked, comfy.samplers.calculate_sigmas(model.model.model_sampling, scheduler, 12).tolist()
 
 
-@pytest.mark.parametrize("prediction", ["EPS", "FLOW"])
-@pytest.mark.parametrize("name", ["euler", "euler_ancestral", "dpmpp_2m"])
-@pytest.mark.parametrize("start", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("name", "prediction", "start"),
+    [(name, "EPS", 0.0) for name in SAMPLERS]
+    + [(name, prediction, 0.5) for name in ("euler", "dpmpp_2m") for prediction in ("EPS", "FLOW")],
+)
 def test_the_model_is_asked_about_states_with_the_low_frequencies_of_the_noised_reference(
-    reference, prediction, name, start
+    reference, name, prediction, start
 ):
     """q(y_t | y) in the model's own scale, with the noise of the seed and the step; before `start` nothing is done."""
     model = gaussian_mixture.patcher(prediction, comfy.latent_formats.SD15())
-    sampling, flow = model.model.model_sampling, prediction == "FLOW"
-    asked, sigmas = states(model, sampler(name, reference, start), seed=3, flow=flow)
-    plain, _ = states(model, comfy.samplers.ksampler(name), seed=3, flow=flow)
-    assert len(asked) == 12
-    refined = [i for i in range(1, 12) if sigmas[i] <= float(sampling.percent_to_sigma(start))]
-    assert refined == list(range(refined[0], 12)) and (refined[0] > 1) == (start > 0)
-    for i, (x, without) in enumerate(zip(asked, plain, strict=True)):
-        if i < refined[0]:
+    sampling, scheduler = model.model.model_sampling, "simple" if prediction == "FLOW" else "exponential"
+    asked, sigmas = states(model, sampler(name, reference, start), scheduler, seed=3)
+    plain, _ = states(model, comfy.samplers.sampler_object(name), scheduler, seed=3)
+    begun, steps = float(sampling.percent_to_sigma(start)), set()
+    for (x, sigma), (without, _) in zip(asked, plain, strict=True):
+        step = next((i for i, s in enumerate(sigmas[:-1]) if sigma == pytest.approx(s, rel=1e-4)), None)
+        if sigma > begun or step == 0:
             assert torch.equal(x, without)
-            continue
-        noise = noise_of((1, *gaussian_mixture.SHAPE), 3, i)
-        noised = sampling.noise_scaling(sigmas[i], noise, 0.18215 * reference)
-        torch.testing.assert_close(low_pass(x, 2), low_pass(noised, 2))
+        elif step is not None:
+            noise = noise_of((1, *gaussian_mixture.SHAPE), 3, step, 0, 1)
+            noised = sampling.noise_scaling(torch.tensor(sigmas[step]), noise, 0.18215 * reference)
+            torch.testing.assert_close(low_pass(x, 2), low_pass(noised, 2), rtol=1e-4, atol=1e-4)
+            steps.add(step)
+    assert steps == {i for i, s in enumerate(sigmas[:-1]) if i and s <= begun} and len(steps) >= 5
 
 
 def test_a_range_without_a_step_and_the_last_step_out_of_it(model, reference):

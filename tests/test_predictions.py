@@ -56,9 +56,9 @@ def run(steer: Callable[..., Any], objective: type, settings: dict[str, Any], fl
         for i, (s, t) in enumerate(itertools.pairwise(sigmas)):
             x0 = model(x, s * x.new_ones(len(x)), **extra_args)
             (alpha, sigma), (alpha_next, sigma_next) = level(s), level(t)
-            if callback is not None:
+            callback({"x": x, "i": i, "sigma": s, "sigma_hat": s, "denoised": x0})
+            if len(x) == 2:  # no rehearsal
                 states.append(x.clone() / (alpha**2 + sigma**2).sqrt())
-                callback({"x": x, "i": i, "sigma": s, "sigma_hat": s, "denoised": x0})
             share = (sigma_next * alpha / (alpha_next * sigma)) ** 2
             x = alpha_next * (x0 + (x / alpha - x0) * share)
             if t > 0:

@@ -11,7 +11,10 @@ import pytest
 import torch
 from comfy.k_diffusion import sampling as k_diffusion
 from sphereguide import host
-from sphereguide.samplers.dsg import _Spherical, on_sphere
+from sphereguide.samplers.dsg import Guidance, _Spherical, on_sphere
+from sphereguide.samplers.kernel import steered
+from sphereguide.samplers.trace import GuidanceTrace
+from test_dps import MOVABLE
 from test_dsg import Distance, Indifferent, run, unguided
 
 #: The ancestral samplers of 2024 step wrongly in flow models, without guidance too.
@@ -86,7 +89,7 @@ def test_it_is_the_formula(model):
     torch.testing.assert_close(latent, x, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", host.stochastic_samplers())
+@pytest.mark.parametrize("name", MOVABLE)
 def test_every_sampler_goes_on_from_the_repeated_state(model, name):
     schedule = {"batch": 16, "steps": 10, "scheduler": "exponential"}
     settings, loss = {"guidance_rate": 0.3, "recurrence": 1}, Distance()
@@ -94,6 +97,32 @@ def test_every_sampler_goes_on_from_the_repeated_state(model, name):
     assert len(trace.steps) > len(run(model, name, settings={"guidance_rate": 0.3}, **schedule)[1].steps)
     assert loss(latent).mean() < loss(unguided(model, name, **schedule)).mean()
     assert torch.equal(latent, run(model, name, settings=settings, **schedule)[0])
+
+
+#: Model calls of a step.
+CALLS = {"euler_ancestral": 1, "dpm_2_ancestral": 2, "dpmpp_sde": 2, "exp_heun_2_x0_sde": 2, "seeds_2": 2, "seeds_3": 3}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_rehearsal_tells_which_call_begins_a_step(model, name):
+    """The second of exp_heun_2_x0_sde comes after the draw that leads to the next level, and at that level."""
+    if name not in comfy.samplers.KSampler.SAMPLERS:
+        pytest.skip("this ComfyUI has no such sampler")
+    found, asked = [], []
+
+    class Spy(_Spherical):
+        def __call__(self, x, sigma, **extra_args):
+            before = float(sigma.max())
+            denoised = super().__call__(x, sigma, **extra_args)
+            asked.append(before)
+            found.append((self.step, self.begins_step))
+            return denoised
+
+    sampler = steered(comfy.samplers.sampler_object(name), Guidance(Distance()), GuidanceTrace(), Spy)
+    gaussian_mixture.sample(sampler, model, steps=6)
+    sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, "normal", 6).tolist()
+    assert found[: 5 * CALLS[name]] == [(i, call == 0) for i in range(5) for call in range(CALLS[name])]
+    assert [asked[i * CALLS[name]] for i in range(5)] == pytest.approx(sigmas[:5])
 
 
 def test_many_steps_of_strong_guidance_gain_by_it(model):

@@ -11,13 +11,13 @@ import comfy.samplers
 import gaussian_mixture
 import pytest
 import torch
-from sphereguide import host
 from sphereguide.losses.base import Loss
 from sphereguide.samplers.dps import Posterior, posterior_guided
 from sphereguide.samplers.kernel import GRADIENTS, noise_of
 from sphereguide.samplers.tfg import PRESETS, Unified, unified_guided
 from sphereguide.samplers.trace import GuidanceTrace
 from test_diffrgd import DPS_GRID, KnownHalf, distances
+from test_dps import MOVABLE
 from test_dsg import TARGET, Distance, Indifferent, unguided
 from test_reference import SHAPE, TIMES, Small, World, agree, with_noise
 from test_samplers import TYPES
@@ -141,7 +141,7 @@ def test_dps_is_its_corner(world):
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("name", host.stochastic_samplers())
+@pytest.mark.parametrize("name", MOVABLE)
 def test_the_dps_corner_is_dps_guidance(model, name, gradient):
     schedule = {"batch": 2, "steps": 6, "scheduler": "exponential", "cfg": 2.0}
     latent, trace = run(model, name, settings={"preset": "DPS", "rho": 0.3, "gradient": gradient}, **schedule)
@@ -214,7 +214,7 @@ def test_ugd_is_its_corner(world, descents):
 # -- the sampler -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", host.stochastic_samplers())
+@pytest.mark.parametrize("name", MOVABLE)
 @pytest.mark.parametrize(
     "settings", [{"rho": 0.0}, {"rho": 0.0, "mu": 1.0, "n_iter": 0}, {"preset": "DPS", "rho": 0.0}]
 )
@@ -224,7 +224,7 @@ def test_strength_zero_is_the_unguided_sampler_bit_for_bit(model, name, settings
     assert not trace
 
 
-@pytest.mark.parametrize("name", host.stochastic_samplers())
+@pytest.mark.parametrize("name", MOVABLE)
 @pytest.mark.parametrize("n_recur", [1, 2])
 def test_the_loss_falls_with_every_sampler(model, name, n_recur):
     schedule = {"batch": 4, "steps": 20, "scheduler": "exponential"}
@@ -247,6 +247,13 @@ def test_every_corner_with_every_way_of_predicting(preset, prediction):
     assert latent.isfinite().all()
     assert Distance()(latent).mean() < Distance()(unguided(patcher, "ddpm", **schedule)).mean()
     assert trace and not any(any(step.skipped) for step in trace.steps)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_single_step_of_a_flow_model_begins_at_pure_noise(preset):
+    settings = {**STRONG, "preset": preset, "n_recur": 2}
+    latent, trace = run(gaussian_mixture.patcher("FLOW"), settings=settings, steps=1, scheduler="simple")
+    assert latent.isfinite().all() and len(trace.steps) == 1
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)

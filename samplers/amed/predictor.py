@@ -190,7 +190,7 @@ class AMEDPredictor:
     @classmethod
     def untrained(cls, settings: AMEDSettings, seed: int = 0) -> AMEDPredictor:
         with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch's own function reaches the GPUs' too
             scales = (settings.scale_dir, settings.scale_time)
             network: PredictorNetwork | PredictorTable = (
                 PredictorTable(settings.sigmas, settings.parallel, *scales)
