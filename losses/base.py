@@ -37,6 +37,11 @@ class Step:
         self.memory: dict[Any, Any] = {} if memory is None else memory
         self._progress = progress
 
+    def within(self, part: Any) -> Step:
+        """The same step, with a memory of its own for what `part` shows of the image."""
+        memory = self.memory.setdefault(part, {})
+        return Step(self.index, lambda: self.progress, self.seed, self.timestep, memory)
+
     @functools.cached_property
     def progress(self) -> float:
         return self._progress() if callable(self._progress) else self._progress

@@ -176,4 +176,6 @@ class Masked(Loss):
             rows = slice(int(top * height), max(int(top * height) + 1, round(bottom * height)))
             columns = slice(int(left * width), max(int(left * width) + 1, round(right * width)))
             images = images[..., rows, columns]
+            if step is not None:  # a loss may serve several regions, and remembers each by itself
+                step = step.within(self)
         return self.loss(images, step)

@@ -101,7 +101,8 @@ class _Measurement(Loss):
         if estimate.shape[1:] != y.shape[1:]:
             raise ValueError(
                 f"{self.title}: the input image has {y.shape[-1]}×{y.shape[-2]} pixels, where this latent calls for "
-                f"{estimate.shape[-1]}×{estimate.shape[-2]}. Resize the image, or change the size of the latent."
+                f"{estimate.shape[-1]}×{estimate.shape[-2]}. Resize the image, or change the size of the latent. With "
+                "Mask Loss, set sees to 'whole image'."
             )
         # The gradient of vector_norm at a residual of zero is zero, not NaN.
         return torch.linalg.vector_norm((repeat(y, len(estimate)) - estimate).flatten(1), dim=1)
@@ -111,13 +112,17 @@ class Inpainting(_Measurement):
     """A keeps the known pixels: A(x) = (1 − mask)·x.
 
     measurement  `[R, 3, H, W]`, 0..1; what lies under the mask does not matter
-    mask         `[M, 1, H, W]`, 1 where pixels are missing, ComfyUI's convention; resized to the image, bilinear
+    mask         `[M, 1, H, W]`, 1 where pixels are missing, ComfyUI's convention; enlarged to the image, bilinear, or
+                 reduced to it: what is missing in part is missing
     """
 
     title = "Inpainting Loss"
 
     def __init__(self, measurement: Tensor, mask: Tensor) -> None:
-        mask = F.interpolate(mask, size=measurement.shape[-2:], mode="bilinear", align_corners=False)
+        size = measurement.shape[-2:]
+        if mask.shape[-2] > size[0] or mask.shape[-1] > size[1]:
+            mask = F.adaptive_max_pool2d(mask, [min(a, b) for a, b in zip(mask.shape[-2:], size, strict=True)])
+        mask = F.interpolate(mask, size=size, mode="bilinear", align_corners=False)
         batch = max(len(measurement), len(mask))
         known = 1 - repeat(mask, batch)
         super().__init__(repeat(measurement, batch) * known)

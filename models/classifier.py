@@ -169,6 +169,8 @@ def _from_file(path: Path, architecture: str, title: str) -> ImageClassifier:
             f"of: {', '.join(known)}."
         )
     weights = load_weights(path, title)
+    # Files of DenseNet are older than its names.
+    weights = {re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=\d)", r"\1", name): w for name, w in weights.items()}
     # The head is torchvision's last layer of one of these names: classifier.6 of VGG, heads.head of a ViT …
     heads = [name for name in weights if re.fullmatch(r"(fc|head|heads\.head|classifier(\.\d+)?)\.weight", name)]
     if not heads:
@@ -181,7 +183,9 @@ def _from_file(path: Path, architecture: str, title: str) -> ImageClassifier:
     published = published_weights(torchvision, architecture, path)
     preset = published.transforms()
     size = tuple(preset.crop_size * 2)
-    fixed = {"image_size": size[0]} if architecture.startswith("vit_") else {}
+    fixed: dict[str, Any] = {"image_size": size[0]} if architecture.startswith("vit_") else {}
+    if architecture in ("inception_v3", "googlenet"):  # trained on another normalisation, which they make themselves
+        fixed = {"transform_input": True}
 
     def build() -> nn.Module:
         return torchvision.models.get_model(architecture, weights=None, num_classes=classes, **fixed)

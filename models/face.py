@@ -87,8 +87,10 @@ class FaceDetector:
             pixels = image.detach().float().cpu().clamp(0, 1).movedim(0, -1) * 255
             try:
                 boxes, confidences = self.mtcnn.detect(pixels)
-            except (RuntimeError, ValueError):  # it stacks its candidates, and torch refuses to stack none
-                return []
+            except (RuntimeError, ValueError) as error:
+                if "non-empty" not in str(error):
+                    raise
+                return []  # it stacks its candidates, and torch refuses to stack none
         if boxes is None:
             return []
         return [

@@ -46,13 +46,27 @@ __all__ = [
 ]
 
 
+class _Whole(comfy.model_patcher.ModelPatcher):
+    """Loads and leaves as one.
+
+    In parts is for the host's own layers, which fetch their weights for a call: others would lie on two devices.
+    """
+
+    def partially_load(self, device_to: Any, extra_memory: float = 0, **options: Any) -> Any:
+        return super().partially_load(device_to, extra_memory=1e32, **options)
+
+    def partially_unload(self, *args: Any, **options: Any) -> int:
+        return 0  # and the host unloads it
+
+    def patch_model_lowvram(self, device_to: Any = None, **_: Any) -> Any:  # of the host of 2024
+        return self.patch_model(device_to)
+
+
 def managed(module: nn.Module) -> Any:
     """A ModelPatcher over `module` (frozen, in evaluation mode): ComfyUI counts, moves and evicts it like its own."""
     module.eval().requires_grad_(False)
     management = comfy.model_management
-    return comfy.model_patcher.ModelPatcher(
-        module, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
-    )
+    return _Whole(module, load_device=management.get_torch_device(), offload_device=management.unet_offload_device())
 
 
 def models_folder(name: str) -> None:
@@ -100,7 +114,10 @@ def path_of(name: str, choice: str, title: str, advice: str = PUT) -> Path:
         except (OSError, ValueError, RuntimeError):  # a name that no file can have, or links in a circle
             break
         if not inside:
-            raise ValueError(f"{title}: '{shown}' lies outside of models/{name}. Put it there, and choose it again.")
+            raise ValueError(
+                f"{title}: '{shown}' lies outside of models/{name}, or is a link that leads there. Put it into that "
+                "folder, and choose it again."
+            )
         if exists:
             return path
     places = ", ".join(folder_paths.get_folder_paths(name))

@@ -84,8 +84,8 @@ STEPS: dict[str, Any] = {
         {
             "default": False,
             "tooltip": (
-                "Saves memory in 'full' and 'cond only' for about one more model call a step. Turn on if "
-                "memory runs out."
+                "Saves memory in 'full' and 'cond only' for about one more model call a step; images of a batch are "
+                "decoded one by one. Turn on if memory runs out."
             ),
         },
     ),
@@ -187,6 +187,11 @@ def objective(kind: type[Any], loss: Loss, vae: Any, decode_scale: float, **sett
         raise ValueError(
             f"{kind.METHOD}: this loss looks at images, and there is no VAE to decode them. Connect the VAE of the "
             "model, or a TAESD VAE, to the vae input."
+        )
+    if loss.space == "image" and getattr(vae, "first_stage_model", None) is None:
+        raise ValueError(
+            f"{kind.METHOD}: the checkpoint that this VAE comes from holds none. Connect Load VAE, with one for this "
+            "kind of model."
         )
     check_range(kind.METHOD, settings["start_percent"], settings["end_percent"], "no step would be guided")
     return kind(loss=loss, decode=Decoder(vae, decode_scale) if loss.space == "image" else None, **settings)
@@ -344,7 +349,7 @@ class DSGKSampler:
                     "min": 0.0,
                     "max": 1.0,
                     "step": 0.01,
-                    "tooltip": "Less than 1 keeps so much of the latent's image.",
+                    "tooltip": "1 starts from noise alone. The lower, the more of the latent's image stays.",
                 },
             ),
         }

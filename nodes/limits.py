@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import numbers
 from typing import Any
 
 __all__ = ["within_limits"]
@@ -42,11 +43,13 @@ def within_limits(node: type[Any], title: str) -> type[Any]:
             value = given[name]
             if kind in NUMBERS:
                 least, most = options[0]["min"], options[0]["max"]
-                if not (isinstance(value, int | float) and least <= value <= most):
+                if not (isinstance(value, numbers.Real) and least <= value <= most):
                     raise ValueError(
                         f"{title}: {name} is {str(value)[:60]}, and must be a number from {least:g} to {most:g}. "
                         "Correct it, here or at the node that gives it."
                     )
+                if not isinstance(value, int | float) and name in kwargs:  # NumPy's, of another pack's node
+                    kwargs |= {name: int(value) if kind == "INT" else float(value)}
             elif kind == "BOOLEAN":
                 kwargs |= {name: bool(value)} if name in kwargs else {}
             elif isinstance(kind, list) or kind in WIDGETS:

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .. import host
 
-__all__ = ["Recording", "differentiable", "normal", "staying_out_of_inference_mode"]
+__all__ = ["Recording", "differentiable", "normal", "one_by_one", "staying_out_of_inference_mode"]
 
 
 @dataclass(frozen=True)
@@ -315,6 +315,12 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
         return _Recomputed.apply(block, *tensors)
 
     return run
+
+
+def one_by_one(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`function` of a batch, called for each sample alone, and again in the backward pass: it takes memory for one."""
+    recomputed = _recomputed(function)
+    return lambda batch: torch.cat([recomputed(one) for one in batch.split(1)]) if len(batch) > 1 else function(batch)
 
 
 class _Recomputed(torch.autograd.Function):

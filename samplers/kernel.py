@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .. import host
 from ..losses.base import Loss, Step
-from .autograd import Recording, differentiable, normal, staying_out_of_inference_mode
+from .autograd import Recording, differentiable, normal, one_by_one, staying_out_of_inference_mode
 from .trace import Evaluation, GuidanceTrace
 
 __all__ = [
@@ -72,7 +72,8 @@ class Objective:
     start_percent, end_percent   the part of the schedule that is guided, as in ComfyUI's own nodes
     gradient        "full": through the network and the CFG combination. "cond only": the negative half is a constant.
                     "fast": with respect to x̂₀ instead of x, without a backward pass through the network.
-    checkpointing   compute the blocks' activations again instead of keeping them
+    checkpointing   compute activations again instead of keeping them: the blocks' of the network, and with several
+                    samples the decoder's, which has one of them at a time
     """
 
     METHOD: ClassVar[str] = "Guidance"
@@ -246,7 +247,8 @@ def _prepared_for(
     if (decode := objective.decode) is not None:
         modules.append(decode.module)
         patchers.append(decode.patcher)
-        memory = _KEPT[False] * decode.memory_required(x.shape)
+        batch = 1 if objective.checkpointing else len(x)
+        memory = decode.memory_required(torch.Size((batch, *x.shape[1:])))
     return prepared(
         model,
         x,
@@ -388,7 +390,8 @@ class GuidedModel:
             try:
                 return self._differentiate(x, sigma, step, **extra_args)
             except torch.cuda.OutOfMemoryError:
-                if self.checkpointing or self.objective.gradient == "fast":
+                saves = self.objective.gradient != "fast" or (self.objective.decode is not None and len(x) > 1)
+                if self.checkpointing or not saves:
                     raise
                 log.warning(
                     "%s: out of memory. Trying again with checkpointing, which stays on for this run; turn it on in "
@@ -434,6 +437,8 @@ class GuidedModel:
         with torch.enable_grad():
             variable = denoised.detach().clone().requires_grad_()
             decode = self.objective.decode
+            if decode is not None and self.checkpointing:
+                decode = one_by_one(decode)
             seen = variable if decode is None else decode(self.model.process_latent_out(variable))
             return _with_gradient(self.objective.loss(seen, step), variable)
 

@@ -209,7 +209,7 @@ WRONG = {
             "file outside of the folder": (
                 clip_text(model="../vgg/page.pth"),
                 "…: '…' lies outside of models/…",
-                "Put it there, and choose it again.",
+                "Put it into that folder, and choose it again.",
             ),
             "no model chosen": (
                 clip_text(model="(put a model into models/open_clip)"),
@@ -1072,6 +1072,11 @@ ELSEWHERE = {
     **tested(
         "test_face_loss.py",
         {"… needs the Python package …": "test_a_missing_package_is_named_with_the_command_that_installs_it"},
+    ),
+    # a checkpoint of a U-Net alone
+    **tested(
+        "test_guidance_node.py",
+        {"…: the checkpoint that this VAE comes from holds none": "test_a_checkpoint_without_a_vae_is_named"},
     ),
     # what only a sampler, or a classifier, of another pack would do
     **tested(

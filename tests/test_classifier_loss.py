@@ -350,6 +350,29 @@ def test_labels_come_from_where_each_library_keeps_them(tmp_path, monkeypatch):
         make(model, "cardigan")
 
 
+@pytest.mark.slow
+def test_googlenet_normalises_as_it_was_trained(tmp_path, monkeypatch):
+    """As `torchvision.models.googlenet(weights=…)` sets it up: what comes in is not its own normalisation."""
+    network = torchvision.models.googlenet(num_classes=3, init_weights=False)
+    torch.save(network.state_dict(), tmp_path / "googlenet-mine.pth")
+    register(tmp_path, monkeypatch)
+    assert load("googlenet-mine.pth")[0].network.network.transform_input is True
+
+
+@pytest.mark.slow
+def test_files_of_densenet_have_its_older_names(tmp_path, monkeypatch):
+    network = torchvision.models.densenet121(num_classes=3)
+    older = {
+        re.sub(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.", name): value
+        for name, value in network.state_dict().items()
+    }
+    assert "features.denseblock1.denselayer1.norm.1.weight" in older
+    torch.save(older, tmp_path / "densenet121-mine.pth")
+    register(tmp_path, monkeypatch)
+    loaded = load("densenet121-mine.pth")[0].network.network.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in network.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("architecture", "head"),
     [("resnet18", "fc"), ("shufflenet_v2_x0_5", "fc"), ("squeezenet1_1", "classifier.1"), ("regnet_y_400mf", "fc")],

@@ -12,6 +12,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import comfy.model_patcher
 import folder_paths
 import pytest
 import tiny_models
@@ -21,6 +22,7 @@ from sphereguide.losses.base import Step
 from sphereguide.losses.clip import CLIPImage, CLIPText, Cutouts, cosine, spherical
 from sphereguide.models import clip_model
 from sphereguide.models.decoder import Decoder
+from sphereguide.models.network import managed
 from sphereguide.nodes.clip import CLIPImageLoss, CLIPTextLoss, LoadOpenCLIP, weighted_texts
 from sphereguide.samplers.autograd import differentiable
 
@@ -165,6 +167,35 @@ def test_a_local_folder_gives_open_clips_embeddings(clip, weights):
     assert (tower.image_size, tower.mean, tower.std) == ((32, 32), tuple(MEAN), tuple(STD))
     assert clip.image.model is tower and not any(parameter.requires_grad for parameter in tower.parameters())
     assert not tower.training
+
+
+class Outside(torch.nn.Module):
+    """As networks of other packages are: parameters beside children, and layers that are not the host's."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Parameter(torch.zeros(4))
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+
+
+def test_a_network_of_another_package_is_loaded_and_unloaded_as_a_whole():
+    """With little memory a host loads its own layers in parts, and would leave these on two devices."""
+    elsewhere = torch.device("meta")  # a second device, as far as places go
+    with torch.inference_mode():
+        patcher = managed(Outside())
+    patcher.load_device = elsewhere
+
+    def places():
+        return {parameter.device.type for parameter in patcher.model.parameters()}
+
+    if hasattr(comfy.model_patcher.ModelPatcher, "partially_load"):
+        patcher.partially_load(elsewhere, extra_memory=1)
+        assert places() == {"meta"}
+        patcher.partially_load(elsewhere, extra_memory=-1)
+        assert patcher.partially_unload(torch.device("cpu"), 1) == 0
+    else:
+        patcher.patch_model_lowvram(elsewhere, lowvram_model_memory=1)
+    assert places() == {"meta"}
 
 
 def test_the_image_tower_is_managed_without_the_text_tower(clip):

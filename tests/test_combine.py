@@ -8,7 +8,7 @@ import pytest
 import torch
 from sphereguide.losses.base import Loss, Step
 from sphereguide.losses.combine import Combined, Masked, Scheduled
-from sphereguide.losses.measurement import LowPass
+from sphereguide.losses.measurement import Inpainting, LowPass
 from sphereguide.nodes.combine import CombineLosses, MaskLoss, ScheduleLoss
 from sphereguide.samplers.diffrgd import Riemannian, riemannian_guided
 from sphereguide.samplers.dps import Posterior, posterior_guided
@@ -250,6 +250,29 @@ def test_masks_are_resized_and_belong_to_their_samples(images, directions):
     for i in (0, 2):
         assert g[i, :, :3].abs().min() > 0 and g[i, :, 5:].abs().max() == 0
     assert g[1, :, :3].abs().max() == 0 and g[1, :, 5:].abs().min() > 0
+
+
+def test_a_loss_remembers_each_region_by_itself(images):
+    class Remembering(Loss):
+        def forward(self, images, step=None):
+            seen.append(step.memory.get(self))
+            step.memory[self] = images.shape[-1]
+            return images.flatten(1).sum(1)
+
+    masks = torch.zeros(2, 1, 1, 8, 8)
+    masks[0, ..., :3], masks[1, ..., 3:] = 1, 1
+    inner, step, seen = Remembering(), Step(index=2, progress=0.5, seed=3), []
+    both = Combined([Masked(inner, mask, crop=True) for mask in masks], [1.0, 1.0])
+    for _ in range(2):
+        both(images, step)
+    assert seen == [None, None, 3, 5]
+
+
+def test_a_measurement_of_the_whole_image_says_what_to_do_in_a_region(images):
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :3] = 1
+    with pytest.raises(ValueError, match=r"Resize the image.*With Mask Loss, set sees to 'whole image'\."):
+        Masked(Inpainting(images, torch.zeros(1, 1, 8, 8)), mask, crop=True)(images)
 
 
 def test_an_empty_mask_is_refused(directions):

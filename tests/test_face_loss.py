@@ -347,6 +347,15 @@ def test_an_image_that_can_show_no_face_shows_none(detector, image):
     assert detector(image) == []
 
 
+def test_a_detector_that_fails_says_so(detector, monkeypatch):
+    def fails(pixels):
+        raise RuntimeError("not enough memory: you tried to allocate 40000000000 bytes")
+
+    monkeypatch.setattr(detector.mtcnn, "detect", fails)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        detector(images(1, 64, 64)[0])
+
+
 # -- nodes -------------------------------------------------------------------------------------------------------------
 
 

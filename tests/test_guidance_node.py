@@ -216,7 +216,7 @@ def test_a_smaller_decode_gives_an_image_of_full_size_and_a_gradient():
 def test_a_smaller_decode_reserves_less_and_refuses_several_frames():
     vae = tiny_models.TinyVAE()
     vae.memory_used_decode = lambda shape, dtype: float(torch.Size(shape).numel())
-    assert Decoder(vae, 0.5).memory_required(torch.Size((2, 4, 8, 8))) == 2 * 4 * 4 * 4
+    assert Decoder(vae, 0.5).memory_required(torch.Size((2, 4, 8, 8))) == 2 * 0.25 * 4 * 4 * 4  # TAESD
     with pytest.raises(ValueError, match=r"the latent is a video of 3 frames\. Guide a latent of one frame"):
         Decoder(vae, 0.5)(torch.zeros(1, 4, 3, 8, 8))
     with torch.inference_mode():
@@ -286,6 +286,54 @@ def test_out_of_memory_in_the_gradient_is_tried_again_with_checkpointing(monkeyp
             result(gradient="fast")
         assert asked == [False, True, False]
     assert torch.equal(result(checkpointing=True), expected)
+
+
+def test_decoding_a_batch_reserves_memory_for_it_but_one_by_one():
+    vae = tiny_models.TinyVAE()
+    vae.memory_used_decode = lambda shape, dtype: float(torch.Size(shape[2:]).numel())  # the host's is of one sample
+    four = Decoder(vae).memory_required(torch.Size((4, 4, 8, 8)))
+    assert four == 4 * Decoder(vae).memory_required(torch.Size((1, 4, 8, 8))) == 0.25 * 4 * 64  # of a TAESD
+    vae.first_stage_model = torch.nn.Identity()
+    assert Decoder(vae).memory_required(torch.Size((4, 4, 8, 8))) == 2.7 * 4 * 64
+
+
+@pytest.mark.parametrize("gradient", ["full", "fast"])
+def test_checkpointing_decodes_one_sample_at_a_time(gradient):
+    vae, decoded = tiny_models.TinyVAE(), []
+    own = vae.first_stage_model.decode
+    vae.first_stage_model.decode = lambda latents: decoded.append(len(latents)) or own(latents)
+    results = []
+    for checkpointing in (False, True):
+        decoded.clear()
+        loss = Inpainting(torch.rand(3, 3, 16, 16, generator=torch.manual_seed(2)), torch.zeros(1, 1, 16, 16))
+        sampler, _ = guide(loss=loss, vae=vae, gradient=gradient, checkpointing=checkpointing)
+        results.append(gaussian_mixture.sample(sampler, gaussian_mixture.patcher(), batch=3, steps=3))
+        assert decoded == ([1] * 12 if checkpointing else [3, 3])  # two guided steps, forward and again backward
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("batch", "asked"), [(1, 1), (3, 2)])
+def test_out_of_memory_in_fast_is_tried_again_where_decoding_one_by_one_saves_some(monkeypatch, batch, asked):
+    seen = []
+
+    def decode(self, latents):
+        seen.append(len(latents))
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Decoder, "_decoded", decode)
+    loss = Inpainting(torch.rand(3, 3, 16, 16), torch.zeros(1, 1, 16, 16))
+    sampler, _ = guide(loss=loss, vae=tiny_models.TinyVAE(), gradient="fast")
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        gaussian_mixture.sample(sampler, gaussian_mixture.patcher(), batch=batch, steps=3)
+    assert seen == [batch, 1][:asked]
+
+
+def test_a_checkpoint_without_a_vae_is_named():
+    """Its loader gives a VAE that holds no network."""
+    vae = SimpleNamespace(first_stage_model=None, process_output=lambda image: image)
+    loss = Inpainting(torch.rand(1, 3, 16, 16), torch.zeros(1, 1, 16, 16))
+    with pytest.raises(ValueError, match=r"the checkpoint that this VAE comes from holds none\. Connect Load VAE"):
+        guide(loss=loss, vae=vae)
 
 
 def test_the_host_is_told_what_a_gradient_needs(monkeypatch):

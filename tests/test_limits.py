@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from sphereguide import NODE_CLASS_MAPPINGS
 from sphereguide.nodes.limits import within_limits
@@ -34,6 +35,13 @@ def test_a_number_beyond_its_limits_stops_the_node(counting: Any, count: Any) ->
         counting.count(count)
     with pytest.raises(ValueError, match=words):
         counting.count(count=count)
+
+
+def test_numbers_of_numpy_are_numbers(counting: Any) -> None:
+    found = counting.count(count=np.int64(3), share=np.float32(0.5))
+    assert found == 3 and type(found) is int
+    with pytest.raises(ValueError, match="count is 10, and must be a number from 1 to 9"):
+        counting.count(count=np.int64(10))
 
 
 def test_numbers_within_their_limits_pass(counting: Any) -> None:

@@ -137,6 +137,16 @@ def test_a_mask_of_another_size_is_resized_to_the_image(images):
     torch.testing.assert_close(1 - loss.known[:1], expected)
 
 
+def test_a_thin_line_of_a_larger_mask_stays_missing(images):
+    """Whichever of the mask's pixels it takes: what is missing in part is not known."""
+    height, width = images.shape[-2:]
+    for offset in range(4):
+        mask = torch.zeros(1, 1, 4 * height, 4 * width)
+        mask[..., 8 + offset, :] = 1
+        known = Inpainting(images, mask).known
+        assert known[..., 2, :].max() == 0 and known.sum() == known.numel() - known.shape[0] * width
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_perfect_estimate_costs_nothing_and_has_a_gradient_of_zero(images, name):
     estimate = images.clone().requires_grad_()
