@@ -43,9 +43,8 @@ BANDS = 8
 PROBE = 0.01
 FEWEST = 8
 """Real images: of fewer the bootstrap can't tell how they vary."""
-FURTHER = 1.5
-LARGEST = 0.1 * FURTHER**TRIES
-"""λ stays within 1 ± this: the first try goes no further than 0.1, each next one a half further than what was tried."""
+FIRST, FURTHER = 0.1, 1.5
+"""How far the first try goes at most, and each next one beyond what was tried: λ stays within 1 ± 0.1·1.5^TRIES."""
 
 
 @dataclass(frozen=True)
@@ -196,9 +195,9 @@ def calibrate(
     from_images  whether sampling starts from the real latents with noise (image to image), or from noise alone
     progress     is told after each batch how many are done, of how many
 
-    Raises ValueError for fewer than 8 images or latents that hold none, and for a schedule that has no step, does not
-    end in an image, or has no step that can be corrected; RuntimeError where a run gives no finite picture, or does
-    not ask the model at the steps' noise levels.
+    Raises ValueError for fewer than 8 images, for latents that hold none, are of another model or without detail, and
+    for a schedule that has no step, does not end in an image, or has no step that can be corrected; RuntimeError where
+    a run gives no finite picture, or does not ask the model at the steps' noise levels.
     """
     steps = tuple(sorted({sigma for sigma in sigmas[:-1].tolist() if sigma > 0}, reverse=True))
     if not steps:
@@ -228,7 +227,7 @@ def calibrate(
         columns = np.stack([slopes[other].ravel() for other in of], 1)
         parts, *_ = np.linalg.lstsq(columns, -response.ravel(), rcond=1e-3)
         change = sum(part * kinds[other][0] for part, other in zip(parts, of, strict=True))
-        inside = min(1.0, 0.1 / max(np.abs(change).max(), 1e-9))
+        inside = min(1.0, FIRST / max(np.abs(change).max(), 1e-9))
         change *= inside
         # Along this change the response is way·slope + way²·curvature: fitted to the small change and what was tried.
         small = PROBE / max(np.abs(change).max(), 1e-9)

@@ -137,8 +137,9 @@ def steered(
         trace.begin(objective.METHOD, len(sigmas) - 1)
         arguments: dict[str, Any] = {"callback": callback, "disable": disable, **options}
         if objective.off or len(sigmas) < 2:
+            x = function(model, x, sigmas, extra_args=extra_args, **arguments)
             trace.finished = True
-            return function(model, x, sigmas, extra_args=extra_args, **arguments)
+            return x
         extra_args = extra_args or {}
         seed = extra_args.get("seed")
         source = options.get("noise_sampler") or host.noise_source(function, x, sigmas, seed)

@@ -472,12 +472,6 @@ def test_a_mask_that_changes_with_the_noise_keeps_what_it_covers(model: Any) -> 
     assert (found - free)[..., 1].abs().mean() > 0.01
 
 
-def test_sigmas_without_a_step_leave_the_noise_as_it_is(model: Any) -> None:
-    predictor = fixed(settings(model))
-    one = base_sigmas(predictor)[:1]
-    assert torch.equal(sample(model, amed_sampler(predictor), one), sample(model, stock("euler"), one))
-
-
 def test_dsg_says_that_there_is_no_noise_to_turn_and_epsilon_scaling_composes(model: Any) -> None:
     chosen = settings(model)
     sampler, sigmas = amed_sampler(fixed(chosen)), base_sigmas(fixed(chosen))
@@ -789,6 +783,30 @@ def test_the_best_of_the_training_is_what_it_gives(model: Any) -> None:
     assert predictor.settings.trajectories == 320 and predictor.settings.student_error == history.student_error
     for (a, b), middle in zip(pairwise(chosen.sigmas), predictor.settings.midpoints, strict=True):
         assert b < middle < a
+
+
+def test_the_weights_that_it_gives_are_those_of_the_best_look(model: Any) -> None:
+    """With steps so large that the last look is a bad one."""
+    chosen, plan = settings(model, steps=2), {"trajectories": 320, "learning_rate": 0.5}
+    predictor, history = trained(model, chosen, **plan)
+    assert history.errors[-1][1] > 1.2 * predictor.settings.error
+    with torch.inference_mode():
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_cfg(chosen.cfg)
+        prompts = gaussian_mixture.conditioning(0.3), gaussian_mixture.conditioning(-0.2)
+        judge = training._Training(guider, prompts, SHAPE, chosen, Plan(epochs=1, **plan), None, lambda _: None)
+        error, _ = judge._error(predictor)
+    assert error == pytest.approx(predictor.settings.error, rel=1e-5)
+
+
+def test_an_epoch_leaves_out_what_fills_no_batch_and_another_rest_each_time(model: Any) -> None:
+    with torch.inference_mode():
+        guider = comfy.samplers.CFGGuider(model)
+        prompts, plan = (gaussian_mixture.conditioning(0.3),) * 2, Plan(trajectories=70, batch_size=16, epochs=8)
+        batches = training._Training(guider, prompts, SHAPE, settings(model), plan, None, lambda _: None)._batch
+    epochs = [[one for i in range(4) for one in batches(4 * epoch + i)] for epoch in range(8)]
+    assert all(len(set(epoch)) == 64 for epoch in epochs)
+    assert set().union(*epochs) == set(range(70))
 
 
 def stop_at(iteration: int) -> Callable[[Progress], None]:
@@ -1134,6 +1152,31 @@ def test_what_was_trained_is_saved_and_loaded(model: Any, tmp_path: Path, monkey
             nodes.AMEDSave().save(predictor, bad)
     with pytest.raises(FileNotFoundError, match="Train AMED Predictor"):
         nodes.AMEDLoad().load("gone.safetensors")
+
+
+def test_the_node_trains_with_its_cfg_and_seed_and_probes_with_its_prompts(model: Any, monkeypatch: Any) -> None:
+    told: dict[str, Any] = {}
+
+    def spy(guider: Any, prompts: Any, shape: Any, settings: AMEDSettings, plan: Plan, *rest: Any) -> Any:
+        told.update(cfg=guider.cfg, settings=settings, plan=plan)
+        return train(guider, prompts, shape, settings, plan, *rest)
+
+    monkeypatch.setattr(nodes, "train", spy)
+    predictor, *_ = run_node(model, cfg=3.0, training_seed=11)["result"]
+    assert told["cfg"] == told["settings"].cfg == 3.0 and told["plan"].seed == 11
+
+    def probe(predictor: Any, guider: Any, latent: Any) -> Any:
+        shifts = {name: float(conds[0]["cross_attn"].mean()) for name, conds in guider.original_conds.items()}
+        told.update(probed=guider.cfg, **shifts)
+        return predictor.settings.midpoints
+
+    monkeypatch.setattr(nodes, "probed_midpoints", probe)
+    with torch.inference_mode():
+        prompts = gaussian_mixture.conditioning(0.3), gaussian_mixture.conditioning(-0.2)
+        latent = {"samples": torch.zeros(1, *SHAPE)}
+        nodes.AMEDScheduler().sigmas(predictor, model, "expanded", *prompts, latent)
+    assert told["probed"] == 3.0
+    assert (told["positive"], told["negative"]) == pytest.approx((0.3, -0.2))
 
 
 def test_the_scheduler_gives_both_kinds_of_points(model: Any) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from types import SimpleNamespace
 
+import comfy.model_management
 import comfy.samplers
 import pytest
 import tiny_models
 import torch
+from comfy.ldm.modules.attention import attention_pytorch
 from sphereguide import host
 from sphereguide.losses.base import Loss
 from sphereguide.losses.measurement import SuperResolution
@@ -207,7 +209,7 @@ def test_what_a_network_keeps_from_an_unguided_call_serves_in_a_guided_one():
             assert torch.autograd.grad(module(x).sum(), x)[0].tolist() == [[2.0, 2.0, 2.0]]
 
 
-def test_layers_whose_weights_come_and_go_fetch_them_again_in_the_backward_pass(monkeypatch):
+def test_layers_whose_weights_come_and_go_fetch_them_again_in_the_backward_pass():
     class Streamed(torch.nn.Module):
         """Computes with a buffer that the next call of anybody overwrites, out of autograd's sight."""
 
@@ -216,17 +218,37 @@ def test_layers_whose_weights_come_and_go_fetch_them_again_in_the_backward_pass(
         def __init__(self, weight):
             super().__init__()
             self.own = weight
+            self._v = None  # by which hosts with dynamic VRAM mark such layers
 
         def forward(self, x):
             Streamed.buffer.data.fill_(self.own)
             return x * Streamed.buffer
 
     network = torch.nn.Sequential(Streamed(2.0), Streamed(5.0))
-    monkeypatch.setattr(host, "streamed_layers", lambda module: list(module))
     with differentiable(network) as recording, recording():
         x = torch.ones(1, requires_grad=True)
         assert torch.autograd.grad(network(x), x)[0].item() == 10.0
     assert not any("forward" in vars(layer) for layer in network)
+
+
+def test_layers_that_lie_elsewhere_are_streamed():
+    here, elsewhere = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta")
+    assert host.streamed_layers(torch.nn.Sequential(here, elsewhere)) == [elsewhere]
+
+
+@pytest.mark.parametrize("kernel", ["sage", "flash"])
+def test_attention_without_a_backward_pass_gives_way_to_pytorchs(monkeypatch, kernel):
+    plain = {"transformer_options": {"of": "another"}}
+    assert host.with_differentiable_attention(plain) is plain
+    monkeypatch.setattr(comfy.model_management, f"{kernel}_attention_enabled", lambda: True, raising=False)
+    options = host.with_differentiable_attention(plain)["transformer_options"]
+    q, k, v = torch.randn(3, 1, 5, 8)
+    q.requires_grad_()
+    out = options["optimized_attention_override"](None, q, k, v, 2)
+    assert options["of"] == "another" and torch.autograd.grad(out.sum(), q)[0].abs().max() > 0
+    torch.testing.assert_close(out, attention_pytorch(q, k, v, 2))
+    theirs = {"transformer_options": {"optimized_attention_override": lambda *_: None}}
+    assert host.with_differentiable_attention(theirs) is theirs
 
 
 def test_recomputing_spares_another_packs_forward():

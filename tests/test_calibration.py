@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from sphereguide.losses.base import Loss
+from sphereguide.nodes import epsilon as nodes
 from sphereguide.nodes.epsilon import EpsilonScalingCalibrate, EpsilonScalingModel, EpsilonScalingSampler
 from sphereguide.nodes.guidance import DSGGuidanceModel
 from sphereguide.samplers import calibration
@@ -24,6 +25,8 @@ from sphereguide.samplers.trace import GuidanceTrace
 from torch import Tensor
 
 STEPS, IMAGES = 8, 128
+LARGEST = 0.1 * calibration.FURTHER**calibration.TRIES
+"""λ is off 1 by at most this."""
 
 
 @pytest.fixture(scope="module")
@@ -168,12 +171,12 @@ def test_the_schedules_are_what_they_are_called(model: Any, real: Tensor) -> Non
         result = found(model, real)
     assert np.ptp(result.scales["uniform"]) == pytest.approx(0, abs=1e-12)
     assert np.ptp(np.diff(result.scales["linear"])) == pytest.approx(0, abs=1e-12)
-    assert all(abs(scales - 1).max() <= calibration.LARGEST + 1e-9 for scales in result.scales.values())
+    assert all(abs(scales - 1).max() <= LARGEST + 1e-9 for scales in result.scales.values())
     assert result.pays
     best = result.scales[result.nearest]
     assert [result.schedule(sigma) for sigma in result.sigmas] == pytest.approx(best.tolist())
     k, b = result.linear
-    assert 1.02 < b <= 1 + calibration.LARGEST and abs(k) < 0.02
+    assert 1.02 < b <= 1 + LARGEST and abs(k) < 0.02
 
 
 def test_the_error_of_b_is_that_of_many_calibrations(model: Any, real: Tensor) -> None:
@@ -297,6 +300,18 @@ def test_the_node_returns_what_plugs_into_the_others_and_says_what_it_found(mode
     assert f"{off:.3f} off" in verdict and f"{on:.3f} with it" in verdict
     for kind, error in zip(("samples", "real images"), result.b_errors, strict=True):
         assert f"{IMAGES} {kind} leave b uncertain by ± {error:.4f}: about " in verdict
+
+
+def test_the_node_measures_what_its_widgets_say(model: Any, real: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {}
+
+    def spy(guider: Any, sampler: Any, sigmas: Any, latents: Any, *settings: Any) -> Calibration:
+        told.update(cfg=guider.cfg, settings=settings[:4])
+        return calibrate(guider, sampler, sigmas, latents, *settings)
+
+    monkeypatch.setattr(nodes, "calibrate", spy)
+    node(model, real, cfg=3.0, samples=32, batch_size=16, calibration_seed=9, from_images=True)
+    assert told == {"cfg": 3.0, "settings": (32, 16, 9, True)}
 
 
 def test_the_node_says_when_the_correction_should_stay_off(model: Any, real: Tensor) -> None:

@@ -387,6 +387,15 @@ def test_detect_every_0_looks_at_the_reference_only(encoder, monkeypatch):
     assert loss.detector is None and loss.box == BOX
 
 
+def test_detection_is_as_often_and_as_wide_as_the_widgets_say(encoder, monkeypatch, network):
+    monkeypatch.setattr(face_nodes, "FaceDetector", TwoFaces)
+    reference = images(1, 64, 64)
+    loss = make(encoder, to_image(reference), crop="detect", detect_every=3, margin=0.5)
+    assert (loss.every, loss.margin) == (3, 0.5) and loss.detector is not None
+    wider = encoder.network(crop(reference, [square(OTHER, 0.5, 64, 64)], (32, 32)))
+    torch.testing.assert_close(loss.reference, wider)
+
+
 def test_an_empty_box_is_refused(encoder):
     with pytest.raises(ValueError, match=r"the box from \(0.8, .*is empty. Left must be below right"):
         make(encoder, to_image(images(1)), box_left=0.8)

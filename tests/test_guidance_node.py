@@ -17,6 +17,8 @@ from sphereguide import host
 from sphereguide.losses.base import Loss
 from sphereguide.losses.measurement import Inpainting, SuperResolution
 from sphereguide.models.decoder import Decoder
+from sphereguide.nodes import report as report_nodes
+from sphereguide.nodes.figure import drawn
 from sphereguide.nodes.guidance import DSGGuidance
 from sphereguide.nodes.report import GuidanceReport
 from sphereguide.samplers import autograd, kernel
@@ -115,7 +117,9 @@ def test_an_image_of_the_wrong_size_is_refused_at_the_first_guided_step():
 
 
 @pytest.mark.parametrize("guided_steps", [True, False])
-def test_the_report_passes_the_latent_through_and_draws(guided_steps):
+def test_the_report_passes_the_latent_through_and_draws(guided_steps, monkeypatch):
+    figures = []
+    monkeypatch.setattr(report_nodes, "drawn", lambda figure: figures.append(figure) or drawn(figure))
     sampler, trace = guide(guidance_rate=0.2 if guided_steps else 0.0)
     latent = {"samples": gaussian_mixture.sample(sampler, gaussian_mixture.patcher(), batch=2, steps=5)}
     report = GuidanceReport().report(latent, trace)
@@ -123,6 +127,16 @@ def test_the_report_passes_the_latent_through_and_draws(guided_steps):
     assert passed is latent
     assert image.shape == (1, 360, 1200, 3) and image.dtype == torch.float32
     assert 0 <= image.min() < 0.2 and image.max() == 1  # ink on paper
+    steps, (loss, norm, radius) = trace.steps, [axes.get_lines() for axes in figures[0].axes]
+    assert [axes.get_title().split("  ")[0] for axes in figures[0].axes] == ["loss", "gradient norm", "radius error"]
+    if not guided_steps:
+        assert not (loss or norm or radius)
+    else:
+        for i in range(2):
+            assert loss[i].get_xdata().tolist() == [step.sigma for step in steps]
+            assert loss[i].get_ydata().tolist() == [step.loss[i] for step in steps]
+            assert norm[i].get_ydata().tolist() == [step.gradient_norm[i] for step in steps]
+            assert radius[i].get_ydata().tolist() == [abs(step.radius[i] - 1) for step in steps]
     assert report["ui"] == {"text": [summary]}
     if guided_steps:
         first, *samples = summary.splitlines()

@@ -55,7 +55,7 @@ OWN = ROOT / "demo" / "weights"
 MODELS = Path(folder_paths.models_dir)
 OUTSIDE = MODELS.parent / "outside"
 CANARY = OUTSIDE / "canary"
-SECONDS = 60
+HANG = 300
 """No file takes longer, on a machine that has other things to do."""
 GIGABYTES = 3
 
@@ -94,7 +94,7 @@ def fuzz(examples: int, **strategies: Any) -> Callable[[Callable[..., None]], Ca
     return decorate
 
 
-FUZZED = 6
+FUZZED = 5
 """Tests with `fuzz` in this file."""
 
 
@@ -120,8 +120,8 @@ class Result:
 @contextlib.contextmanager
 def harmless(title: str) -> Iterator[Result]:
     """The block loads something, or raises what the page shows: one line that begins with the title of its node."""
-    before, started, result = peak(), time.monotonic(), Result()
-    faulthandler.dump_traceback_later(5 * SECONDS, exit=True)  # a hang must not look like a slow test
+    before, result = peak(), Result()
+    faulthandler.dump_traceback_later(HANG, exit=True)  # a hang must not look like a slow test
     try:
         with watched() as seen, torch.inference_mode():
             yield result
@@ -134,7 +134,6 @@ def harmless(title: str) -> Iterator[Result]:
     assert not CANARY.exists() and not seen.started, f"it ran: {seen.started}"
     assert not seen.asked
     assert not seen.below(OUTSIDE)
-    assert time.monotonic() - started < SECONDS
     assert peak() < before + GIGABYTES
 
 

@@ -13,7 +13,6 @@ import os
 import random
 import re
 import threading
-import time
 import urllib.error
 from collections.abc import Iterator
 from copy import deepcopy
@@ -304,9 +303,8 @@ BEYOND = "^[^:]*: {} is .*, and must be a number from"
 def test_node_runs_as_it_comes(server: ComfyServer, builder: Builder, node_id: str) -> None:
     """Without this the others would prove nothing: it is their prompt that runs."""
     outcome = answer(server, builder.around(node_id))
-    old = "needs ComfyUI 0.3.8"
-    expected = f"{old}|ran" if node_id == "SphereGuideDSGModel" else "ran|cancelled"
-    assert re.search(expected, outcome), outcome
+    old = node_id == "SphereGuideDSGModel" and "needs ComfyUI 0.3.8" in outcome
+    assert old or outcome in ("ran", "cancelled"), outcome
 
 
 def numbers(declaration: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -392,9 +390,7 @@ def test_each_text_with_what_a_parser_trips_over(server: ComfyServer, builder: B
     before = files(server)
     for name in names:
         for text in TEXTS if LONG else choose.sample(TEXTS, 5):
-            started = time.monotonic()
             answer(server, builder.around(node_id, **{name: text}))
-            assert time.monotonic() - started < 60
     is_alive(server)
     new = {path.relative_to(server.base).parts[:2] for path in files(server) - before}
     assert all(where[0] in ("output", "temp", "user") or where == ("models", "amed") for where in new), new

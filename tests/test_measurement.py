@@ -214,6 +214,7 @@ def test_degraded_image_and_loss_node_fit(image):
     assert not torch.equal(moved, image)
     assert MotionDeblurLoss().make(moved, 9.0, 40.0)[0](exact).abs().max() == 0
     assert LowPassLoss().make(image, 8)[0](exact).abs().max() == 0
+    assert LowPassLoss().make(image, 8)[0].factor == 8
 
 
 def test_mask_fraction_is_the_share_of_missing_pixels(image):
