@@ -255,7 +255,7 @@ def adds_noise(sampler: comfy.samplers.KSAMPLER) -> bool | None:
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             sigmas = torch.tensor([10.0, 4.0, 1.0, 0.3, 0.0])
-            quiet, loud = (_trial(sampler, size, _TrialModel(_unit), sigmas) for size in (0.0, 1.0))
+            quiet, loud = (_trial(sampler, size, _TrialModel(_unit, sigmas)) for size in (0.0, 1.0))
     except Exception:
         log.debug("sampler %r could not be tried", sampler.sampler_function, exc_info=True)
         return None
@@ -267,20 +267,20 @@ class Rehearsal:
     """What a sampler function does with a schedule, whatever the model.
 
     shares  c of x = μ + c·ε, by the number of the draw of ε: x is what it asks the model about next, or its result
-    begins  the step, by the number of the model call with which it begins: the last one before the callback of the step
+    begins  the step, by the number of the model call with which it begins
     """
 
     shares: dict[int, float]
     begins: dict[int, int]
 
 
-def rehearsed(function: Callable[..., Tensor], model: Any, sigmas: Tensor, options: dict[str, Any]) -> Rehearsal | None:
+def rehearsed(function: Callable[..., Tensor], model: Any, sigmas: Tensor, options: dict[str, Any]) -> Rehearsal:
     """Found by a run of the sampler function on a model that answers zero. It tells nothing where that fails.
 
     `model` is the real one, whose noise levels the function may ask for. As for `adds_noise`, another pack's sampler
     may need more of it.
     """
-    silent = _SilentModel(model, 8 * len(sigmas))
+    silent = _SilentModel(model, sigmas)
 
     def draw(sigma: Tensor, sigma_next: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         silent.draws += 1
@@ -295,7 +295,7 @@ def rehearsed(function: Callable[..., Tensor], model: Any, sigmas: Tensor, optio
                 sigmas.new_zeros(1, 1, 1, silent.width),
                 sigmas,
                 extra_args={"seed": 0, "model_options": {}},
-                callback=silent.told,
+                callback=silent.course.told,
                 disable=True,
                 **{**options, "noise_sampler": draw},
             )
@@ -303,55 +303,81 @@ def rehearsed(function: Callable[..., Tensor], model: Any, sigmas: Tensor, optio
         log.debug("sampler %r could not be rehearsed", function, exc_info=True)
         return Rehearsal({}, {})
     silent.saw(x)
-    return Rehearsal(silent.shares, silent.begins)
+    return Rehearsal(silent.shares, silent.course.begins)
+
+
+class _Course:
+    """The levels at which a sampler asks its model, and which of these calls begin a step."""
+
+    def __init__(self, sigmas: Tensor) -> None:
+        self.sigmas: list[float] = sigmas.tolist()
+        self.levels: list[float] = []
+        self.heard = 0  # calls until the latest callback
+        self.begins: dict[int, int] = {}
+
+    def told(self, state: dict[str, Any]) -> None:
+        """The callback of a step, which some make after its first call, and some at its end.
+
+        The step begins with the last call since the callback before that lies not below its level: heun's second calls
+        lie at the next step's, those of dpm_2 in between, and a churned step begins above.
+        """
+        step = min(len(self.begins), len(self.sigmas) - 2)
+        since = range(len(self.levels) - 1, self.heard - 1, -1)
+        begun = (number for number in since if self.levels[number] >= (1 - 1e-4) * self.sigmas[step])
+        number = next(begun, since[0] if since else None)
+        if number is not None:
+            self.begins[number] = step
+        self.heard = len(self.levels)
+
+    def at_level(self, number: int) -> bool:
+        """Whether that call is at a level of the schedule."""
+        return any(math.isclose(self.levels[number], sigma, rel_tol=1e-4) for sigma in self.sigmas)
 
 
 class _SilentModel:
     """A sampler's model whose x̂₀ is zero, and what it was asked about."""
 
-    def __init__(self, model: Any, width: int) -> None:
+    def __init__(self, model: Any, sigmas: Tensor) -> None:
         self.wrapped = model
-        self.width = width
-        self.draws = self.calls = 0
+        self.course = _Course(sigmas)
+        self.width = 8 * len(sigmas)
+        self.draws = 0
         self.shares: dict[int, float] = {}
-        self.begins: dict[int, int] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.wrapped, name)
 
     def __call__(self, x: Tensor, sigma: Tensor, model_options: dict[str, Any] | None = None, **_: Any) -> Tensor:
         self.saw(x)
-        self.calls += 1
+        self.course.levels.append(float(sigma.max()))
         return _after_cfg(torch.zeros_like(x), model_options)
 
     def saw(self, x: Tensor) -> None:
         if self.draws:
             self.shares.setdefault(self.draws - 1, float(x[..., (self.draws - 1) % self.width]))
 
-    def told(self, state: dict[str, Any]) -> None:
-        self.begins[self.calls - 1] = state["i"]
 
+def keeps_changes(sampler: comfy.samplers.KSAMPLER, at_levels: bool = False) -> bool | None:
+    """Whether `sampler` goes on from the x that it asks the model about at the beginning of a step, if that is changed.
 
-def keeps_changes(sampler: comfy.samplers.KSAMPLER) -> bool | None:
-    """Whether `sampler` goes on from the x that it asks the model about at a step's level, if that is changed in place.
-
-    uni_pc asks about a copy, sa_solver corrects its state from earlier ones, dpm_fast asks at levels of its own. Found
-    by trying, on a schedule of short steps. None where the trial failed, or the sampler does not tell its steps.
+    With `at_levels` only where it asks at a level of the schedule. uni_pc asks about a copy, sa_solver corrects its
+    state from earlier ones, dpm_fast asks at levels of its own. Found by trying, on a schedule of short steps. None
+    where the trial tells nothing: it failed, makes noise of its own, or does not call back.
     """
     sigmas = torch.tensor([0.9 ** (1 + i) for i in range(8)])  # below 1, as those of flow models are
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            plain = _TrialModel(_half)
-            result = _trial(sampler, 0.0, plain, sigmas)
-            changes = []
-            for number, step in plain.begins.items():
-                if 0 < step < 7:
-                    changed = _TrialModel(_half, (number, float(sigmas[step])))
-                    changes.append(_trial(sampler, 0.0, changed, sigmas) / result - 1)
+            plain = _TrialModel(_half, sigmas)
+            result = _trial(sampler, 0.0, plain)
+            calls = [number for number, step in plain.course.begins.items() if 0 < step < 6]
+            calls = [number for number in calls if plain.course.at_level(number) or not at_levels]
+            runs = [_trial(sampler, 0.0, _TrialModel(_half, sigmas, change)) for change in (None, *calls)]
     except Exception:
         log.debug("sampler %r could not be tried", sampler.sampler_function, exc_info=True)
         return None
-    if not plain.begins:
+    changes = [run / result - 1 for run in runs[1:]]
+    known = torch.equal(runs[0], result) and all(change.isfinite().all() for change in changes)
+    if not plain.course.begins or not known:
         return None
     # Of a change by a hundredth, a multistep sampler's history, which it does not know of, leaves four fifths and more.
     return len(changes) >= 3 and all(float(change.min()) > 0.005 for change in changes)
@@ -367,44 +393,41 @@ def _half(x: Tensor, sigma: Tensor) -> Tensor:
     return x / 2
 
 
-def _trial(sampler: comfy.samplers.KSAMPLER, noise: float, model: _TrialModel, sigmas: Tensor) -> Tensor:
+def _trial(sampler: comfy.samplers.KSAMPLER, noise: float, model: _TrialModel) -> Tensor:
     function = inspect.unwrap(sampler.sampler_function)  # what a wrapper of ours wraps: the trial has no network
     options = dict(sampler.extra_options)
     if "noise_sampler" in inspect.signature(function).parameters:
         options["noise_sampler"] = lambda sigma, sigma_next: torch.full((1, 1, 2, 2), noise)
-    x = torch.full((1, 1, 2, 2), float(sigmas[0]))
-    return function(model, x, sigmas, extra_args={"seed": 0}, callback=model.told, disable=True, **options)
+    sigmas = torch.tensor(model.course.sigmas)
+    x = sigmas[0] * torch.tensor([[[[0.5, 0.8], [1.1, 1.4]]]])
+    return function(model, x, sigmas, extra_args={"seed": 0}, callback=model.course.told, disable=True, **options)
 
 
 class _TrialModel:
     """A denoiser, with as much of a guider around it as the host's samplers ask for.
 
-    change  number of a call, and its sigma, in which x is scaled by 1.01, in place
+    change  the number of a call in which x is scaled by 1.01, in place
     """
 
-    def __init__(self, denoiser: Callable[[Tensor, Tensor], Tensor], change: tuple[int, float] = (-1, 0.0)) -> None:
+    def __init__(self, denoiser: Callable[[Tensor, Tensor], Tensor], sigmas: Tensor, change: int | None = None) -> None:
         class ModelSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
             pass
 
         self.model_sampling = ModelSampling()
-        self.inner_model = SimpleNamespace(model_patcher=self, inner_model=self)
+        innermost = SimpleNamespace(model_sampling=self.model_sampling)
+        self.inner_model = SimpleNamespace(model_patcher=self, inner_model=innermost)
         self.denoiser = denoiser
         self.change = change
-        self.calls = 0
-        self.begins: dict[int, int] = {}
+        self.course = _Course(sigmas)
 
     def get_model_object(self, name: str) -> Any:
         return getattr(self, name)
 
     def __call__(self, x: Tensor, sigma: Tensor, model_options: dict[str, Any] | None = None, **_: Any) -> Tensor:
-        number, level = self.change
-        if number == self.calls and math.isclose(float(sigma.max()), level, rel_tol=1e-4):
+        if self.change == len(self.course.levels):
             x *= 1.01
-        self.calls += 1
+        self.course.levels.append(float(sigma.max()))
         return _after_cfg(self.denoiser(x, sigma), model_options)
-
-    def told(self, state: dict[str, Any]) -> None:
-        self.begins[self.calls - 1] = state["i"]
 
 
 def _after_cfg(denoised: Tensor, model_options: dict[str, Any] | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""DPS: Diffusion Posterior Sampling (Chung et al., ICLR 2023, arXiv 2209.14687), for any sampler that adds noise.
+"""DPS: Diffusion Posterior Sampling (Chung et al., ICLR 2023, arXiv 2209.14687), for samplers that add noise.
 
     x_next ← x_next − ζ·∇ₓL(x̂₀(x))         algorithm 1, line 7
 

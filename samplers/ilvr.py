@@ -43,8 +43,8 @@ def referenced(
     Raises ValueError for a sampler that takes no notice of a change of its state. One that is guided already hides it:
     running that raises ValueError.
     """
-    if host.keeps_changes(sampler) is False:
-        raise ValueError(lost_changes_message("ILVR Reference", sampler))
+    if host.keeps_changes(sampler, at_levels=True) is False:
+        raise ValueError(lost_changes_message("ILVR Reference", sampler, "euler or euler_ancestral"))
     function = sampler.sampler_function
 
     def sample(
@@ -120,5 +120,7 @@ class ReferencedModel:
         if self.schedule[step] > 0:
             y = self.model_sampling.noise_scaling(sigma, noise_of(x.shape, self.seed, step, 0, 1).to(x), y)
         change = low_pass((y - x).reshape(-1, *x.shape[-3:]), self.factor).reshape(x.shape)
-        mask = mask_at(self.wrapped, sigma.expand(len(x)), **extra_args)
+        # At sigma 0 a mask that changes with the noise (differential diffusion) would leave nothing out.
+        level = sigma if sigma > 0 else torch.full_like(sigma, self.schedule[step - 1])
+        mask = mask_at(self.wrapped, level.expand(len(x)), **extra_args)
         return x + (change if mask is None else change * mask)

@@ -105,12 +105,12 @@ def deterministic_sampler_message(method: str, what: str) -> str:
     )
 
 
-def lost_changes_message(title: str, sampler: comfy.samplers.KSAMPLER) -> str:
+def lost_changes_message(title: str, sampler: comfy.samplers.KSAMPLER, instead: str) -> str:
     name = getattr(sampler.sampler_function, "__name__", "").removeprefix("sample_")
     return (
         f"{title} changes the state of a sampler from step to step, and this sampler ({name}) does not go on from it: "
         "it takes the state from its own records, or asks the model at other noise levels than those of the schedule. "
-        "Connect another, such as euler or euler_ancestral."
+        f"Connect another, such as {instead}."
     )
 
 
@@ -123,7 +123,7 @@ def steered(
     """
     function = sampler.sampler_function
     if objective.moves_state and not objective.off and host.keeps_changes(sampler) is False:
-        raise ValueError(lost_changes_message(objective.METHOD, sampler))
+        raise ValueError(lost_changes_message(objective.METHOD, sampler, "euler_ancestral"))
 
     def sample(
         model: Any,
@@ -248,7 +248,7 @@ def _prepared_for(
     if (decode := objective.decode) is not None:
         modules.append(decode.module)
         patchers.append(decode.patcher)
-        batch = 1 if objective.checkpointing else len(x)
+        batch = 1 if _decodes_apart(objective, x) else len(x)
         memory = decode.memory_required(torch.Size((batch, *x.shape[1:])))
     return prepared(
         model,
@@ -262,6 +262,14 @@ def _prepared_for(
         patchers,
         memory,
     )
+
+
+def _decodes_apart(objective: Objective, x: Tensor) -> bool:
+    """Whether the images of a batch are decoded one by one: all at once they may need more memory than there is."""
+    if objective.checkpointing or objective.decode is None:
+        return objective.checkpointing
+    management = comfy.model_management
+    return objective.decode.memory_required(x.shape) > management.get_total_memory(management.get_torch_device())
 
 
 def _refuse_what_has_no_gradient(method: str, remedy: str, guider: Any, model_options: dict[str, Any]) -> None:
@@ -438,7 +446,7 @@ class GuidedModel:
         with torch.enable_grad():
             variable = denoised.detach().clone().requires_grad_()
             decode = self.objective.decode
-            if decode is not None and self.checkpointing:
+            if decode is not None and (self.checkpointing or _decodes_apart(self.objective, denoised)):
                 decode = one_by_one(decode)
             seen = variable if decode is None else decode(self.model.process_latent_out(variable))
             return _with_gradient(self.objective.loss(seen, step), variable)
@@ -494,7 +502,8 @@ class GuidedModel:
         self, callback: Callable[[dict[str, Any]], None] | None, stay_loaded: Callable[[], None]
     ) -> Callable[[dict[str, Any]], None]:
         def called(state: dict[str, Any]) -> None:
-            self.step = state["i"]
+            if not self.rehearsal.begins:
+                self.step = min(state["i"], len(self.schedule) - 2)
             if callback is not None:
                 callback(state)
                 stay_loaded()  # other packs draw their previews here, with models of their own

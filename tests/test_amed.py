@@ -25,6 +25,7 @@ from bootstrap import ROOT
 from safetensors.torch import save_file
 from sphereguide import host
 from sphereguide.demo import toy_portraits, train_amed
+from sphereguide.losses.measurement import low_pass
 from sphereguide.nodes import amed as nodes
 from sphereguide.samplers.amed import __main__ as from_shell
 from sphereguide.samplers.amed import predictor as files
@@ -44,6 +45,7 @@ from sphereguide.samplers.amed.students import (
 )
 from sphereguide.samplers.amed.training import History, Plan, Progress, settings_for, train
 from sphereguide.samplers.epsilon import EpsilonScaling, linear, uniform, with_post_cfg
+from sphereguide.samplers.ilvr import referenced
 from sphereguide.samplers.kernel import noise_of
 from test_guidance_node import guide
 from torch import Tensor, nn
@@ -472,6 +474,28 @@ def test_a_mask_that_changes_with_the_noise_keeps_what_it_covers(model: Any) -> 
     assert (found - free)[..., 1].abs().mean() > 0.01
 
 
+@pytest.mark.parametrize("student", ["ipndm", "amed"])
+def test_it_follows_a_reference(model: Any, student: str) -> None:
+    """ILVR, which changes the state where the model is asked about it at a base point."""
+    predictor = fixed(settings(model, student), 0.4)
+    reference, asked = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(5)), []
+    apply_model = model.model.apply_model
+    model.model.apply_model = lambda x, t, *args, **kwargs: (
+        asked.append((x, float(t[0]))) or apply_model(x, t, *args, **kwargs)
+    )
+    try:
+        found = sample(model, referenced(amed_sampler(predictor), reference, 2, 0.0, 1.0), base_sigmas(predictor))
+    finally:
+        del model.model.apply_model
+    base = base_sigmas(predictor).tolist()
+    steps = {base.index(s): x for x, level in asked for s in base[1:-1] if level == pytest.approx(s, rel=1e-4)}
+    assert list(steps) == list(range(1, len(base) - 1))
+    for step, x in steps.items():
+        noised = reference + base[step] * noise_of((len(x), *SHAPE), 1, step, 0, 1)
+        torch.testing.assert_close(low_pass(x, 2), low_pass(noised, 2), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(low_pass(found, 2), low_pass(reference, 2).expand_as(found), rtol=1e-4, atol=1e-4)
+
+
 def test_dsg_says_that_there_is_no_noise_to_turn_and_epsilon_scaling_composes(model: Any) -> None:
     chosen = settings(model)
     sampler, sigmas = amed_sampler(fixed(chosen)), base_sigmas(fixed(chosen))
@@ -799,14 +823,9 @@ def test_the_weights_that_it_gives_are_those_of_the_best_look(model: Any) -> Non
     assert error == pytest.approx(predictor.settings.error, rel=1e-5)
 
 
-def test_an_epoch_leaves_out_what_fills_no_batch_and_another_rest_each_time(model: Any) -> None:
-    with torch.inference_mode():
-        guider = comfy.samplers.CFGGuider(model)
-        prompts, plan = (gaussian_mixture.conditioning(0.3),) * 2, Plan(trajectories=70, batch_size=16, epochs=8)
-        batches = training._Training(guider, prompts, SHAPE, settings(model), plan, None, lambda _: None)._batch
-    epochs = [[one for i in range(4) for one in batches(4 * epoch + i)] for epoch in range(8)]
-    assert all(len(set(epoch)) == 64 for epoch in epochs)
-    assert set().union(*epochs) == set(range(70))
+def test_what_fills_no_batch_does_not_count_as_learnt_from(model: Any) -> None:
+    predictor, _ = trained(model, settings(model, steps=2), trajectories=38, batch_size=16, epochs=2)
+    assert predictor.settings.trajectories == 32
 
 
 def stop_at(iteration: int) -> Callable[[Progress], None]:

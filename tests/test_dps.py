@@ -115,6 +115,49 @@ def test_a_denoise_mask_keeps_its_region(model):
     assert trace
 
 
+def own_noise(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    for i, sigma_next in enumerate(sigmas[1:]):
+        denoised = model(x, sigmas[i] * x.new_ones(len(x)), **extra_args)
+        callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
+        x = denoised + sigma_next * torch.randn_like(x)
+    return x
+
+
+def silent(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    for i, sigma_next in enumerate(sigmas[1:]):
+        x = model(x, sigmas[i] * x.new_ones(len(x)), **extra_args)
+    return x
+
+
+def in_the_end(churn):
+    """Two calls a step, the first above its level with churn; the callback comes after both, and counts from 1."""
+
+    def sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        for i, (s, t) in enumerate(itertools.pairwise(sigmas)):
+            for level in (s * (1 + churn), (s * t) ** 0.5 if t > 0 else 0.9 * s):
+                denoised = model(x, level * x.new_ones(len(x)), **extra_args)
+            x = denoised + (x - denoised) * t / s
+            callback({"x": x, "i": i + 1, "sigma": s, "sigma_hat": s, "denoised": denoised})
+        return x
+
+    return sample
+
+
+@pytest.mark.parametrize(
+    ("function", "keeps", "at_levels"),
+    [(own_noise, None, None), (silent, None, None), (in_the_end(0.0), True, True), (in_the_end(0.02), True, False)],
+)
+def test_samplers_of_other_packs_are_told_from_those_that_take_no_notice(function, keeps, at_levels):
+    sampler = comfy.samplers.KSAMPLER(function)
+    assert [host.keeps_changes(sampler, at) for at in (False, True)] == [keeps, at_levels]
+
+
+@pytest.mark.parametrize("churn", [0.0, 0.02])
+def test_a_rehearsal_of_a_sampler_that_calls_back_in_the_end(model, churn):
+    sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, "normal", 5)
+    assert host.rehearsed(in_the_end(churn), None, sigmas, {}).begins == {2 * i: i for i in range(5)}
+
+
 def test_samplers_that_take_their_state_from_elsewhere_are_refused():
     refused = {"sa_solver", "sa_solver_pece"} & set(comfy.samplers.KSampler.SAMPLERS)
     assert set(MOVABLE) == set(host.stochastic_samplers()) - refused
@@ -127,7 +170,9 @@ def test_samplers_that_take_their_state_from_elsewhere_are_refused():
     for name in refused:
         sampler = comfy.samplers.sampler_object(name)
         for steer, objective in moving:
-            with pytest.raises(ValueError, match=rf"changes the state.*\({name}\) does not go on from it"):
+            with pytest.raises(
+                ValueError, match=rf"changes the state.*\({name}\) does not go on from it.*such as euler_ancestral\."
+            ):
                 steer(sampler, objective, GuidanceTrace())
         assert guided(sampler, Guidance(Distance()), GuidanceTrace())
 

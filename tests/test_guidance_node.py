@@ -326,6 +326,20 @@ def test_checkpointing_decodes_one_sample_at_a_time(gradient):
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
 
+def test_a_batch_whose_decode_no_device_holds_is_decoded_one_by_one(monkeypatch):
+    vae, decoded = tiny_models.TinyVAE(), []
+    own = vae.first_stage_model.decode
+    vae.first_stage_model.decode = lambda latents: decoded.append(len(latents)) or own(latents)
+    vae.memory_used_decode = lambda shape, dtype: comfy.model_management.get_total_memory(tiny_models.CPU)
+    loss = Inpainting(torch.rand(1, 3, 16, 16), torch.zeros(1, 1, 16, 16))
+    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: tiny_models.CPU)
+    for batch in (3, 5):  # of TAESD's quarter
+        decoded.clear()
+        sampler, _ = guide(loss=loss, vae=vae)
+        gaussian_mixture.sample(sampler, gaussian_mixture.patcher(), batch=batch, steps=3)
+        assert set(decoded) == ({3} if batch == 3 else {1})
+
+
 @pytest.mark.parametrize(("batch", "asked"), [(1, 1), (3, 2)])
 def test_out_of_memory_in_fast_is_tried_again_where_decoding_one_by_one_saves_some(monkeypatch, batch, asked):
     seen = []

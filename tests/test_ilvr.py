@@ -21,6 +21,7 @@ SAMPLERS = [
     for name in comfy.samplers.KSampler.SAMPLERS
     if host.keeps_changes(comfy.samplers.sampler_object(name)) and "cfg_pp" not in name
 ]
+"""Those of *_cfg_pp turn what is asked into what is next by the other prompt."""
 REFUSED = {"uni_pc", "uni_pc_bh2", "dpm_fast", "dpm_adaptive", "sa_solver", "sa_solver_pece"}
 
 
@@ -46,6 +47,29 @@ def test_the_result_has_the_low_frequencies_of_the_reference(model, reference, n
     wanted = low_pass(reference, 2)
     torch.testing.assert_close(low_pass(x, 2), wanted.expand_as(x), atol=2e-3, rtol=0)
     assert (low_pass(plain, 2) - wanted).abs().max() > 0.1
+
+
+def test_no_sampler_is_left_out():
+    plain = {name for name in comfy.samplers.KSampler.SAMPLERS if "cfg_pp" not in name}
+    assert plain - REFUSED == set(SAMPLERS)
+    for name in set(comfy.samplers.KSampler.SAMPLERS) - plain:
+        assert host.keeps_changes(comfy.samplers.sampler_object(name), at_levels=True) is True
+
+
+class Threshold:
+    """Differential diffusion: the mask opens as the noise falls, and at the end all of it is open."""
+
+    def __call__(self, sigma, mask, extra_options):
+        return (mask >= (0.7 if sigma[0] > 1 else 0.3 if sigma[0] > 0 else 0.0)).float()
+
+
+def test_a_mask_that_changes_with_the_noise_keeps_its_region_to_the_end(model, reference):
+    changing, mask = model.clone(), torch.tensor([[0.0, 0.5], [0.0, 0.5]])[None, None]
+    changing.model_options = {**model.model_options, "denoise_mask_function": Threshold()}
+    latent = torch.full((1, *gaussian_mixture.SHAPE), 0.5)
+    kept = gaussian_mixture.sample(sampler("euler", reference), changing, denoise_mask=mask, latent=latent)
+    torch.testing.assert_close(kept[..., 0], latent[..., 0], rtol=0, atol=1e-5)
+    assert (kept - latent)[..., 1].abs().max() > 0.05
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED & set(comfy.samplers.KSampler.SAMPLERS)))

@@ -283,15 +283,15 @@ class _Training:
         return self._result(), self.history
 
     def _result(self) -> AMEDPredictor:
-        trained = min(self.iteration * self.plan.batch_size, self.plan.trajectories)
+        trained = min(self.iteration, self.plan.iterations // self.plan.epochs) * self.plan.batch_size
         return replace(self.best, settings=replace(self.best.settings, trajectories=trained, seconds=self.seconds))
 
     def _batch(self, iteration: int) -> list[int]:
-        """Which trajectories: each once an epoch, but for a rest that fills no batch; of those this process's part."""
+        """Which trajectories: each of those that fill batches once an epoch; of those this process's part."""
         each = self.plan.iterations // self.plan.epochs
         epoch, place = divmod(iteration, each)
         generator = torch.Generator().manual_seed(self.plan.seed * 1000 + epoch)
-        order = torch.randperm(self.plan.trajectories, generator=generator).tolist()
+        order = torch.randperm(each * self.plan.batch_size, generator=generator).tolist()
         return order[place * self.plan.batch_size : (place + 1) * self.plan.batch_size][self.rank :: self.world]
 
     def _iterate(self, batch: list[int]) -> tuple[list[float], Tensor]:
