@@ -1,4 +1,4 @@
-"""DiffRGD: guidance through Riemannian gradient descent (Liao et al., ECCV 2026, arXiv 2606.28417), for any sampler.
+"""DiffRGD: guidance through Riemannian gradient descent (Liao et al., ECCV 2026, arXiv 2606.28417).
 
 A stochastic step is x_next = μ + c·ε. The length r = ‖x_next − μ‖ that was sampled stays; on the sphere of that radius
 around μ, the loss descends K times, per sample (algorithm 1), with u = x − μ:
@@ -10,8 +10,8 @@ around μ, the loss descends K times, per sample (algorithm 1), with u = x − �
 for a state of unit variance. A state x = α·x₀ + σ·ε has the variance v² = α² + σ², so in ComfyUI's parametrisation η·v²
 is in the place of η. L is not squared: for a measurement it is ‖y − A(x̂₀)‖₂, as in the paper's code.
 
-μ is x − c·ε, and c is found by a run of the sampler on a model that answers zero: so any sampler is guided, and none is
-copied. The step to sigma 0 draws no noise and is not guided.
+μ is x − c·ε, and c is found by a run of the sampler on a model that answers zero: so no sampler is copied, and those
+are guided whose steps show their mean. The step to sigma 0 draws no noise and is not guided.
 
 A guided step takes K + 1 model calls: one at each of the K states from which the loss descends, and the sampler's own
 at the state where that ends. Where nothing moves any more (the gradient is zero, or not finite) it ends at once, at the

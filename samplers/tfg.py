@@ -1,4 +1,4 @@
-"""TFG: unified Training-Free Guidance (Ye et al., NeurIPS 2024, arXiv 2409.15761), for any sampler that adds noise.
+"""TFG: unified Training-Free Guidance (Ye et al., NeurIPS 2024, arXiv 2409.15761), for samplers that add noise.
 
 In the step from ᾱ to ᾱ_next, with log f = −L and f̃(x₀) the mean of f(x₀ + σ̄·√(1−ᾱ)·δ) over Gaussian δ (algorithm 1):
 

@@ -124,15 +124,15 @@ def own_noise(model, x, sigmas, extra_args=None, callback=None, disable=None):
 
 
 def silent(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    for i, sigma_next in enumerate(sigmas[1:]):
-        x = model(x, sigmas[i] * x.new_ones(len(x)), **extra_args)
+    for sigma in sigmas[:-1]:
+        x = model(x, sigma * x.new_ones(len(x)), **extra_args)
     return x
 
 
 def in_the_end(churn):
     """Two calls a step, the first above its level with churn; the callback comes after both, and counts from 1."""
 
-    def sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None):
         for i, (s, t) in enumerate(itertools.pairwise(sigmas)):
             for level in (s * (1 + churn), (s * t) ** 0.5 if t > 0 else 0.9 * s):
                 denoised = model(x, level * x.new_ones(len(x)), **extra_args)
