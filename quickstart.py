@@ -232,7 +232,7 @@ def phase(title: str, typical: float) -> Iterator[None]:
         while not over.wait(1):
             seconds = time.monotonic() - started
             left = f"about {typical - seconds:.0f} s left" if seconds < typical else "longer than usual"
-            print(f"\r  {title}: {seconds:.0f} s, {left}   ", end="", flush=True)
+            rewrite(f"  {title}: {seconds:.0f} s, {left}")
 
     if sys.stdout.isatty():
         threading.Thread(target=tick, daemon=True).start()
@@ -244,8 +244,17 @@ def phase(title: str, typical: float) -> Iterator[None]:
         outcome = "done in"
     finally:
         over.set()
-        start = f"\r  {title}" if sys.stdout.isatty() else ""
-        print(f"{start}: {outcome} {time.monotonic() - started:.0f} s{' ' * 20}", flush=True)
+        ending = f": {outcome} {time.monotonic() - started:.0f} s"
+        if sys.stdout.isatty():
+            rewrite(f"  {title}{ending}", end="\n")
+        else:
+            print(ending, flush=True)
+
+
+def rewrite(line: str, end: str = "") -> None:
+    """Writes over the line of a terminal: one that wraps could not be written over."""
+    width = shutil.get_terminal_size().columns - 1
+    print(f"\r{line[:width]:{width}}", end=end, flush=True)
 
 
 # The commands
@@ -291,6 +300,13 @@ def main(arguments: list[str]) -> int:
         python = prepare(checkout)
     except Problem as problem:
         print(f"\n{problem}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(
+            f"\nCould not set up the environment: {error}. {ROOT} must be a folder that you may write to, with 8 GB "
+            "free on its disk. Then run the same command again.",
+            file=sys.stderr,
+        )
         return 1
     environ = {**os.environ, "PYTHONUTF8": "1"}
     if getattr(options, "name", "") not in MEASURING_MEMORY:

@@ -20,6 +20,10 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import websocket
 
 __all__ = ["ComfyServer", "ExecutionError", "Interrupted", "PromptRejected", "Run", "ServerError"]
 
@@ -203,6 +207,18 @@ class ComfyServer:
 
     # The websocket
 
+    def listen(self, client_id: str = "", timeout: float = 5) -> websocket.WebSocket:
+        """The events for a client, by default for this object's prompts. Raises ServerError."""
+        import websocket  # The one thing here beyond the standard library
+
+        url = f"ws://127.0.0.1:{self.port}/ws?clientId={client_id or self.client_id}"
+        try:
+            # Over a connection of our own: by itself it would ask a proxy of the environment for this machine.
+            own = socket.create_connection(("127.0.0.1", self.port), timeout)
+            return websocket.create_connection(url, timeout, socket=own)
+        except (OSError, websocket.WebSocketException) as error:
+            raise ServerError(f"ComfyUI does not answer: {error}.{self.log_tail()}") from None
+
     def run(
         self,
         prompt: dict,
@@ -215,12 +231,12 @@ class ComfyServer:
         on_progress is called after each progress event. Raises PromptRejected, ExecutionError, Interrupted, ServerError
         (which covers the timeout in seconds).
         """
-        import websocket  # The one thing here beyond the standard library
+        import websocket
 
         started = time.perf_counter()
         deadline = time.monotonic() + timeout
         failure: Exception | None = None
-        channel = websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={self.client_id}", timeout=5)
+        channel = self.listen()
         try:
             run = Run(self.queue(prompt))
             while True:
@@ -289,10 +305,12 @@ def link_pack(target: Path, pack: Path = PACK) -> None:
     """Make the pack appear at `target`: a link, or a copy where the file system has no links."""
     if target.exists() and target.samefile(pack):
         return
-    if target.is_symlink():
-        target.unlink()
-    elif target.exists():
-        shutil.rmtree(target)  # An earlier copy, which may be old. Of a junction it removes only the junction
+    try:
+        target.unlink()  # a link or junction, wherever it leads
+    except FileNotFoundError:
+        pass
+    except OSError:
+        shutil.rmtree(target)  # an earlier copy, which may be old
     try:
         target.symlink_to(pack, target_is_directory=True)
     except OSError:  # Windows, without developer mode

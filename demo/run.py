@@ -273,14 +273,21 @@ def follow(server: ComfyServer, prompt: Prompt, title: str) -> Run:
         seconds = time.monotonic() - started
         left = seconds / max(step, 1) * (steps - step)
         if live:
-            print(
-                f"\r  {title}: step {step} of {steps}, {seconds:.0f} s, about {left:.0f} s left  ", end="", flush=True
-            )
+            rewrite(f"  {title}: step {step} of {steps}, {seconds:.0f} s, about {left:.0f} s left")
 
     print(f"  {title}: ", end="", flush=True)
     run = server.run(prompt, on_progress=show, timeout=3600)
-    print(f"\r  {title}: {run.seconds:.0f} s{' ' * 40}" if live else f"{run.seconds:.0f} s", flush=True)
+    if live:
+        rewrite(f"  {title}: {run.seconds:.0f} s", end="\n")
+    else:
+        print(f"{run.seconds:.0f} s", flush=True)
     return run
+
+
+def rewrite(line: str, end: str = "") -> None:
+    """Writes over the line of a terminal: one that wraps could not be written over."""
+    width = shutil.get_terminal_size().columns - 1
+    print(f"\r{line[:width]:{width}}", end=end, flush=True)
 
 
 def run_workflow(
@@ -351,7 +358,7 @@ def steer(
 
 def describe_host(server: ComfyServer) -> dict[str, str]:
     stats = server.get_json("/system_stats")
-    packaged = "COMFYUI_PATH" not in os.environ
+    packaged = not os.environ.get("COMFYUI_PATH")
     return {
         "comfyui": f"{importlib.metadata.version('comfyui')} (PyPI)"
         if packaged
@@ -416,6 +423,8 @@ def main() -> int:
     except (ExecutionError, PromptRejected, ServerError) as error:
         print(f"\nThe demo failed. {error}\nWhat ComfyUI said is in comfyui.log beside the pictures.", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

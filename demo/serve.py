@@ -20,6 +20,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--port", type=int, default=8188)
     port = parser.parse_args().port
+    if not 0 < port < 2**16:
+        parser.error(f"--port is {port}, and must be from 1 to 65535.")
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             print(f"Port {port} is taken. Choose another: quickstart.py serve --port {port + 1}", file=sys.stderr)
@@ -27,10 +29,10 @@ def main() -> int:
     server = ComfyServer(PACK / "output" / "comfyui", port=port, device=device())
     saved = server.base / "user" / "default" / "workflows"  # what newer pages list as the user's workflows
     saved.mkdir(parents=True, exist_ok=True)
-    for workflow in (PACK / "workflows").glob("*.json"):
-        shutil.copy(workflow, saved)
-    for picture in (PACK / "workflows").glob("*.png"):
-        shutil.copy(picture, server.input)
+    for folder, kind in ((saved, "*.json"), (server.input, "*.png")):
+        for file in (PACK / "workflows").glob(kind):
+            if not (folder / file.name).exists():  # as it was saved here; the page's templates have ours
+                shutil.copy(file, folder)
     try:
         print("Starting ComfyUI", flush=True)
         with server:
@@ -41,7 +43,9 @@ def main() -> int:
                 "Ctrl-C stops it.",
                 flush=True,
             )
-            return server.process.wait()
+            if stopped := server.process.wait():
+                print(f"\nComfyUI stopped with exit code {stopped}.{server.log_tail()}", file=sys.stderr)
+            return stopped
     except ServerError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1

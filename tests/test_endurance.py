@@ -93,9 +93,7 @@ class Client:
 
     def __init__(self, faulty: Faulty) -> None:
         self.id, self.server = uuid.uuid4().hex, faulty.server
-        self.channel = websocket.create_connection(
-            f"ws://127.0.0.1:{self.server.port}/ws?clientId={self.id}", timeout=1
-        )
+        self.channel = self.server.listen(self.id, timeout=1)
 
     def queue(self, prompt: Prompt) -> str:
         return json.loads(self.server.post("/prompt", {"prompt": prompt, "client_id": self.id}))["prompt_id"]

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import websocket
 from bootstrap import ROOT
 from faulty import SIDE, Faulty, Left, Outcome, prompt_with
 from prompts import custom, dsg, empty, node
@@ -223,7 +222,7 @@ def test_nodes_of_before_and_after_a_reload_go_together(faulty_server: Faulty) -
 def test_a_run_goes_on_without_its_page(faulty_server: Faulty) -> None:
     expected = faulty_server.run(prompt_with(sigmas=SIGMAS))
     server = faulty_server.server
-    page = websocket.create_connection(f"ws://127.0.0.1:{server.port}/ws?clientId={server.client_id}", timeout=60)
+    page = server.listen(timeout=60)
     waiting = server.queue(prompt_with(sigmas=SIGMAS))
     while '"progress"' not in str(page.recv()):
         pass

@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import comfy_server
 import pytest
+import serve
+from sphereguide.demo import run
 
 ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("quickstart", ROOT / "quickstart.py")
@@ -170,3 +173,57 @@ def test_problem_is_one_sentence_on_the_terminal_and_no_traceback(tmp_path: Path
     assert run.returncode == 1
     assert "no ComfyUI in it" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_a_folder_that_can_not_be_written_to_is_named_and_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(checkout: Path | None) -> Path:
+        raise PermissionError(13, "Permission denied", "install.log")
+
+    monkeypatch.setattr(quickstart, "prepare", refuse)
+    monkeypatch.setattr(quickstart, "check_python", lambda *_: None)
+    assert quickstart.main(["test"]) == 1
+    error = capsys.readouterr().err
+    assert "Permission denied: 'install.log'" in error and "must be a folder that you may write to" in error
+
+
+def test_lines_of_progress_fit_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    for module in (quickstart, run):
+        module.rewrite("a" * 60)
+        module.rewrite("b", end="\n")
+        assert capsys.readouterr().out == "\r" + "a" * 39 + "\rb" + " " * 38 + "\n"
+
+
+def test_serve_leaves_what_was_saved_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stopped(comfy_server.ComfyServer):
+        def __enter__(self) -> comfy_server.ComfyServer:
+            raise comfy_server.ServerError("no server here")
+
+    monkeypatch.setattr(serve, "ComfyServer", lambda base, **options: Stopped(tmp_path / "comfyui", **options))
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--port", str(comfy_server.free_port())])
+    saved = tmp_path / "comfyui" / "user" / "default" / "workflows" / "toy_inpainting.json"
+    assert serve.main() == 1
+    assert saved.read_bytes() == (ROOT / "workflows" / saved.name).read_bytes()
+    saved.write_text("mine")
+    assert serve.main() == 1
+    assert saved.read_text() == "mine"
+
+
+@pytest.mark.parametrize("there", ["nothing", "a link", "a dangling link", "an old copy", "the link"])
+def test_the_pack_is_linked_whatever_is_there(tmp_path: Path, there: str) -> None:
+    pack, target = tmp_path / "pack", tmp_path / "custom_nodes" / "sphereguide"
+    for folder in (pack, target.parent, tmp_path / "other"):
+        folder.mkdir()
+    (pack / "here").touch()
+    if there == "an old copy":
+        target.mkdir()
+        (target / "old").touch()
+    elif there != "nothing":
+        target.symlink_to({"a link": tmp_path / "other", "the link": pack}.get(there, tmp_path / "gone"))
+    comfy_server.link_pack(target, pack)
+    assert [file.name for file in target.iterdir()] == ["here"]
+    assert (tmp_path / "other").exists()

@@ -21,6 +21,8 @@ TOP |= {"pyproject.toml", "requirements.txt", "README.md", "README.zh-CN.md", "C
 
 
 def git(*arguments: str) -> set[str]:
+    if shutil.which("git") is None:
+        return set()
     return set(subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.splitlines())
 
 

@@ -170,6 +170,15 @@ def test_noise_mask_protects_the_rest_of_the_latent(server: ComfyServer) -> None
 # What the page shows meanwhile
 
 
+def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(
+    server: ComfyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    server.get_json("/system_stats")
+    server.listen().close()
+
+
 def test_progress_counts_the_steps_and_previews_arrive(server: ComfyServer) -> None:
     prompt = workflow(steps=6)
     run = server.run(prompt)

@@ -22,7 +22,7 @@ app.registerExtension({
       let widget = this.widgets?.find((widget) => widget.name === shown);
       if (!widget) {
         widget = unsaved(this, ComfyWidgets.STRING(this, shown, ["STRING", { multiline: true }], app).widget);
-        widget.inputEl.readOnly = true;
+        (widget.element ?? widget.inputEl).readOnly = true; // the latter before 2025
       }
       widget.value = output.text.join("\n");
       this.setSize?.([this.size[0], Math.max(this.size[1], this.computeSize()[1])]);

@@ -27,7 +27,7 @@ from layouts import (
 )
 
 RESTORATION = f"""
-Drop {PICTURE}, which lies beside this workflow, on Load Image, and queue.
+Drop {PICTURE}, which lies beside this workflow, on Original picture, and queue.
 
 Turn these:
 - guidance_rate (DSG Guidance) is the strength. At 0 you see what the model paints on its own with this seed. Too high,
