@@ -19,8 +19,8 @@ PAGE = RESULTS.parent / "README.md"
 HEAD = """# Results
 
 What `benchmarks/results/` holds, a section for each claim: written by `python benchmarks/page.py`, and a test holds it
-to the files. Each command makes the file anew, guidance.json with more methods than it has; `--quick` shows that it runs. Interrupted runs go on where they were.
-What is measured and how stands at the top of each benchmark.
+to the files. Each command makes the file anew, guidance.json with more methods than it has; `--quick` shows that it
+runs. Interrupted runs go on where they were. What is measured and how stands at the top of each benchmark.
 """
 
 Row = dict[str, Any]
@@ -45,11 +45,12 @@ def demo(result: dict[str, Any]) -> Iterator[str]:
     rows = []
     for name, run in result["workflows"].items():
         measure = "psnr" if "psnr_guided" in run else "score"
-        off, on = run[f"{measure}_unguided"], run[f"{measure}_guided"]
+        degraded, off, on = (run.get(f"{measure}_{stage}", []) for stage in ("degraded", "unguided", "guided"))
         digits = 1 if measure == "psnr" else 2
         title = "PSNR, dB" if measure == "psnr" else run["score"]
-        rows.append((name, title, f"{mean(off):.{digits}f}", f"{mean(on):.{digits}f}", str(len(on))))
-    yield table(("workflow", "measured", "unguided", "guided", "pictures"), rows)
+        means = [f"{mean(values):.{digits}f}" if values else "" for values in (degraded, off, on)]
+        rows.append((name, title, *means, str(len(on))))
+    yield table(("workflow", "measured", "degraded, enlarged", "unguided", "guided", "pictures"), rows)
 
 
 def guidance(result: dict[str, Any]) -> Iterator[str]:
