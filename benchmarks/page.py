@@ -119,6 +119,10 @@ def inverse(result: dict[str, Any]) -> Iterator[str]:
         yield f"\n\nThe originals themselves have a Fréchet distance of {references['originals']['frechet']:.3f}; what "
         yield f"the autoencoder makes of them has {references['autoencoder']['frechet']:.3f}, and "
         yield f"{references['autoencoder']['psnr']:.2f} dB."
+    degraded = [row for row in result["rows"] if row["method"] == "degraded"]
+    if degraded:
+        found = (f"{row['task']} {row['psnr']:.2f} dB and {row['frechet']:.3f}" for row in degraded)
+        yield f" The degraded pictures, enlarged by bicubic interpolation: {'; '.join(found)}."
     rows = [
         (
             *(str(row[key]) for key in ("task", "nfe", "sampler", "schedule", "method")),
