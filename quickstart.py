@@ -95,6 +95,18 @@ def check_python(version: tuple[int, int], checkout: Path | None) -> None:
         )
 
 
+def check_machine(system: str, machine: str, libc: str) -> None:
+    """Raises Problem where PyTorch has no wheels, which pip would blame on whatever it meets last."""
+    known = {"darwin": ("arm64",), "win32": ("amd64", "x86_64"), "linux": ("x86_64", "aarch64", "arm64")}
+    if machine.lower() not in known.get(system, ()) or (system == "linux" and libc != "glibc"):
+        found = f"{system}, {machine}{', without glibc' if system == 'linux' and libc != 'glibc' else ''}"
+        raise Problem(
+            f"There is no PyTorch of today for this Python ({found}). SphereGuide's own environment needs Linux with "
+            "glibc, macOS on Apple silicon (with a Python for it), or Windows on x86-64. The nodes run wherever your "
+            "ComfyUI does: put this folder into its custom_nodes."
+        )
+
+
 def filter_requirements(text: str, without: tuple[str, ...] = OWN_REQUIREMENTS) -> str:
     """A requirements file less the packages in `without`, whatever version it asks of them."""
     return "".join(
@@ -296,6 +308,7 @@ def main(arguments: list[str]) -> int:
     try:
         checkout = find_checkout(dict(os.environ), ROOT)
         check_python(sys.version_info[:2], checkout)
+        check_machine(sys.platform, platform.machine(), platform.libc_ver()[0])
         command = command_line(options, rest)
         python = prepare(checkout)
     except Problem as problem:

@@ -64,6 +64,25 @@ def test_newer_python_needs_a_checkout(version: tuple[int, int], tmp_path: Path)
     quickstart.check_python(version, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("system", "machine", "libc"),
+    [("linux", "x86_64", "glibc"), ("linux", "aarch64", "glibc"), ("darwin", "arm64", ""), ("win32", "AMD64", "")],
+)
+def test_machines_with_pytorch(system: str, machine: str, libc: str) -> None:
+    quickstart.check_machine(system, machine, libc)
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "libc"),
+    [("linux", "x86_64", "musl"), ("linux", "riscv64", "glibc"), ("darwin", "x86_64", ""), ("win32", "ARM64", "")],
+)
+def test_machines_without_pytorch_are_told_what_to_do(system: str, machine: str, libc: str) -> None:
+    with pytest.raises(
+        quickstart.Problem, match=rf"no PyTorch of today for this Python \({system}, {machine}.*nodes run"
+    ):
+        quickstart.check_machine(system, machine, libc)
+
+
 def test_older_python_is_refused(tmp_path: Path) -> None:
     with pytest.raises(quickstart.Problem, match=r"This is Python 3\.9, .* 3\.10 or later"):
         quickstart.check_python((3, 9), tmp_path)
