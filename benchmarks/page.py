@@ -203,17 +203,22 @@ def auto_strength(determined: dict[str, Any], left: dict[str, Any], guidance: di
 
 def posterior(result: dict[str, Any]) -> Iterator[str]:
     """How near guided samples come to the exact posterior, on Gaussian mixtures"""
-    keys = ("wasserstein", "floor", "mean_error", "std_ratio", "weights", "off_shell")
+    keys = ("floor", "mean_error", "std_ratio", "weights", "off_shell")
+
+    def between(found: Sequence[float] | None) -> str:
+        return f" [{found[0]:.3f}, {found[1]:.3f}]" if found else ""
+
     rows = [
         (
             *(str(row[key]) for key in ("task", "dim", "steps", "method")),
-            f"{row['strength'] or 0:g}",
+            f"{row['strength'] or 0:.3g}",
             str(row["nfe"]),
+            f"{row['wasserstein']:.3f}{between(row.get('wasserstein_interval'))}",
             *(f"{row[key]:.3f}" for key in keys),
         )
         for row in result["rows"]
     ]
-    columns = ("task", "dimensions", "steps", "method", "strength", "calls", "sliced Wasserstein", "its floor")
+    columns = ("task", "dimensions", "steps", "method", "strength", "calls", "sliced Wasserstein, 95 %", "its floor")
     yield table((*columns, "error of the mean", "std over the exact", "error of the weights", "off the shell"), rows)
 
 

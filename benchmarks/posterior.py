@@ -6,10 +6,12 @@ The model is a Gaussian mixture with its exact denoiser, of 8, 80, 800 and 3072 
 deviation s = .15. Measured is y = A·x₀ + .05·noise, with A half of the coordinates (inpainting) or the means of four
 (averaging). The posterior is a mixture again, whose samples, means, variances and weights are known in closed form.
 
-Each method runs at the best of eight strengths, chosen on other measurements by the sliced Wasserstein distance. `nfe`
-are the model calls that it takes: compare methods at equal ones. Rows:
+Each method runs at the strength that is best on other measurements by the sliced Wasserstein distance: the best of
+eight, of further ones where that is the first or the last, and then of the two halfway to its neighbours (`tried`).
+`nfe` are the model calls that it takes: compare methods at equal ones. Rows:
 
-    wasserstein   sliced Wasserstein-2 distance to exact samples of the posterior; `floor` is that of others of these
+    wasserstein   sliced Wasserstein-2 distance to exact samples of the posterior, with a 95 % interval of the bootstrap
+                  over measurements; `floor` is that of others of these
     mean_error    RMS error of the posterior mean
     std_ratio     standard deviation of the samples over the exact one
     weights       total variation between the weights of the modes and the exact ones
@@ -22,7 +24,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ import gaussian_mixture  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from processes import processes  # noqa: E402
-from result import Result, save  # noqa: E402
+from result import Result, interval, save  # noqa: E402
 from shell import Shell  # noqa: E402
 from sphereguide.losses.base import Loss  # noqa: E402
 from sphereguide.samplers.diffrgd import Riemannian, riemannian_guided  # noqa: E402
@@ -53,8 +55,10 @@ SHAPES = {8: (4, 1, 2), 80: (4, 4, 5), 800: (4, 10, 20), 3072: (4, 24, 32)}
 TASKS = ("inpainting", "averaging")
 STEPS = (100, 20)
 MODES, STD, NOISE = 5, 0.15, 0.05
-TUNED_ON, MEASURED_ON, EACH = 4, 8, 64
+TUNED_ON, MEASURED_ON, EACH = 4, 16, 64
 """Measurements that choose the strength, those that are reported, and samples of each."""
+BEYOND = 4
+"""Strengths that are tried beyond the ends of the eight."""
 
 Method = Callable[[comfy.samplers.KSAMPLER, Loss, float, GuidanceTrace], comfy.samplers.KSAMPLER]
 
@@ -202,29 +206,36 @@ def drawn(
     return found.flatten(1).unflatten(0, (-1, each)).clone(), shell.radii(sigmas), model.model.calls
 
 
-def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = 128) -> float:
-    """W₂ along random directions of samples `[count, each, n]`, the root of the mean square over them."""
+def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = 128) -> Tensor:
+    """W₂² along random directions of samples `[count, each, n]`, the mean over them: `[count]`."""
     on = torch.randn(a.shape[-1], directions, generator=torch.Generator().manual_seed(0))
     on /= on.norm(dim=0)
-    return float(((a @ on).sort(1).values - (b @ on).sort(1).values).square().mean().sqrt())
+    return ((a @ on).sort(1).values - (b @ on).sort(1).values).square().mean((1, 2))
 
 
-def measured(problem: Problem, steps: int, method: str | None, strength: float, tuning: bool) -> dict[str, float]:
+def root(squares: Tensor) -> float:
+    return float(squares.mean().sqrt())
+
+
+def measured(problem: Problem, steps: int, method: str | None, strength: float, tuning: bool) -> dict[str, Any]:
     count, seed = (TUNED_ON, 1) if tuning else (MEASURED_ON, 2)
     truth, y = problem.truth(seed, count)
     found, radii, nfe = drawn(problem, y, EACH, steps, method, strength, seed)
     exact = problem.samples(y, EACH, 10)
     wasserstein = sliced_wasserstein(found, exact)
     if tuning:
-        return {"wasserstein": wasserstein}
+        return {"wasserstein": root(wasserstein)}
     mean, variance = problem.moments(y)
     mode = (found[:, :, None] - problem.means()).square().sum(-1).argmin(-1)
     share = torch.nn.functional.one_hot(mode, MODES).float().mean(1)
     own = (found - found.mean(1, keepdim=True)).square().sum(1).mean(-1) / (EACH - 1)
     return {
         "nfe": nfe,
-        "wasserstein": wasserstein,
-        "floor": sliced_wasserstein(problem.samples(y, EACH, 11), exact),
+        "wasserstein": root(wasserstein),
+        "wasserstein_interval": tuple(
+            round(value**0.5 / 1e3, 4) for value in interval(1e6 * wasserstein.double().numpy())
+        ),
+        "floor": root(sliced_wasserstein(problem.samples(y, EACH, 11), exact)),
         "mean_error": float((found.mean(1) - mean).square().mean().sqrt()),
         "std_ratio": float((own / variance).mean().sqrt()),
         "weights": float((share - problem.weights(y)).abs().sum(1).mean() / 2),
@@ -299,14 +310,38 @@ def one(pool: Any, result: Result, problem: Problem, steps: int, method: str | N
     if row is None:
         strength = None
         if method is not None:
-            values = METHODS[method][1]
-            tried = [pool.submit(measured, problem, steps, method, value, True) for value in values]
-            strength = values[int(np.argmin([job.result()["wasserstein"] for job in tried]))]
+            tried = chosen(pool, problem, steps, method)
+            strength = min(tried, key=tried.__getitem__)
         found = pool.submit(measured, problem, steps, method, strength or 0.0, False).result()
-        row = {**cell, "strength": strength, **{key: round(value, 4) for key, value in found.items()}}
-        row["n"] = MEASURED_ON * EACH
+        found = {key: round(value, 4) if isinstance(value, float) else value for key, value in found.items()}
+        row = {**cell, "strength": strength, **found, "n": MEASURED_ON * EACH}
+        if method is not None:
+            row["tried"] = {f"{value:.4g}": round(distance, 4) for value, distance in sorted(tried.items())}
         result.add(row)
     return row
+
+
+def chosen(pool: Any, problem: Problem, steps: int, method: str) -> dict[float, float]:
+    """The sliced Wasserstein distance of each strength that was tried."""
+    most = 1.0 if method == "DSG" else np.inf
+    tried: dict[float, float] = {}
+
+    def add(values: Iterable[float]) -> float:
+        jobs = {value: pool.submit(measured, problem, steps, method, value, True) for value in values if value <= most}
+        tried.update({value: np.nan_to_num(job.result()["wasserstein"], nan=np.inf) for value, job in jobs.items()})
+        return min(tried, key=tried.__getitem__)
+
+    best = add(METHODS[method][1])
+    for _ in range(BEYOND):
+        values = sorted(tried)
+        if best == values[0]:
+            best = add([best**2 / values[1]])
+        elif best == values[-1]:
+            best = add([min(best**2 / values[-2], most)])
+    values = sorted(tried)
+    at = values.index(best)
+    add([(best * other) ** 0.5 for other in (*values[max(0, at - 1) : at], *values[at + 1 : at + 2])])
+    return tried
 
 
 if __name__ == "__main__":
