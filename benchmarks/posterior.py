@@ -228,6 +228,7 @@ def measured(problem: Problem, steps: int, method: str | None, strength: float, 
     mean, variance = problem.moments(y)
     mode = (found[:, :, None] - problem.means()).square().sum(-1).argmin(-1)
     share = torch.nn.functional.one_hot(mode, MODES).float().mean(1)
+    ends = interval(1e6 * wasserstein.double().numpy())  # of squares, which it rounds
     own = (found - found.mean(1, keepdim=True)).square().sum(1).mean(-1) / (EACH - 1)
     return {
         "nfe": nfe,
