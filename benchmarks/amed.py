@@ -4,9 +4,10 @@
 
 Each trajectory has noise and a caption of its own, which nothing was trained on; cfg is 1. `rmse` is the distance of
 the latents, at sigma 0, to those of 200 steps of Heun's method on 256 trajectories, with the standard error of the
-bootstrap, and `median` that of what each trajectory is off by itself. `over_student` is `rmse` over that of iPNDM
-alone, `mean_over_student` the same of the mean of what each is off, which is what a training lowers, and `nearer` the
-share of the trajectories that come nearer. Every sampler and scheduler of the host is tried with as many steps as make
+bootstrap, and `median` that of what each trajectory is off by itself (`each`, of the solvers that are compared).
+`over_student` is `rmse` over that of iPNDM alone, `mean_over_student` the same of the mean of what each is off, which
+is what a training lowers, and `nearer_than_student` the share of the trajectories that come nearer; `…_stock` are those
+over the nearest stock sampler. Every sampler and scheduler of the host is tried with as many steps as make
 `nfe` model calls (or fewer, if none makes so many): on 32 trajectories (`n`), and the best eight on all. `frechet` is
 the distance of a judge's features, which nothing was trained on, between 2000 samples and portraits of the test seeds,
 for the three nearest stock samplers with their best schedulers too.
@@ -258,17 +259,20 @@ class Bench:
             nearest.setdefault(cell.solver, cell)
         return list(nearest.values())
 
-    def over_student(self, cell: Cell, student: Cell) -> None:
-        """What it is off over what the student is on its own, with 95 % intervals: trajectories are drawn in pairs."""
+    def over(self, cell: Cell, other: Cell, name: str) -> None:
+        """What it is off over what the other is, with 95 % intervals: trajectories are drawn in pairs."""
         count = self.options.trajectories
-        row, pair = self.result.find(cell.key), [self.distances(one, count) for one in (cell, student)]
-        assert row is not None
+        rows, pair = zip(
+            *((self.result.find(one.key), self.distances(one, count)) for one in (cell, other)), strict=True
+        )
+        for row, each in zip(rows, pair, strict=True):
+            row["each"] = np.round(each, 4).tolist()
         draws = np.random.default_rng(0).integers(count, size=(2000, count))
-        for name, of in (("over_student", rms), ("mean_over_student", np.mean)):
+        for what, of in ((f"over_{name}", rms), (f"mean_over_{name}", np.mean)):
             ratios = [of(pair[0][drawn]) / of(pair[1][drawn]) for drawn in draws]
-            row[name] = round(float(of(pair[0]) / of(pair[1])), 3)
-            row[f"{name}_interval"] = [round(float(end), 3) for end in np.quantile(ratios, (0.025, 0.975))]
-        row["nearer"] = round(float((pair[0] < pair[1]).mean()), 3)
+            rows[0][what] = round(float(of(pair[0]) / of(pair[1])), 3)
+            rows[0][f"{what}_interval"] = [round(float(end), 3) for end in np.quantile(ratios, (0.025, 0.975))]
+        rows[0][f"nearer_than_{name}"] = round(float((pair[0] < pair[1]).mean()), 3)
         self.result.keep()
 
     def frechet(self, cell: Cell, real: Tensor) -> None:
@@ -384,9 +388,13 @@ def main() -> None:
             cells.append(Cell(ALONE, "polynomial", False, nfe, nfe))
             for cell in cells:
                 bench.row(cell)
-            bench.over_student(*cells)
-            for cell in (*cells, *bench.best_stock(nfe)[:BEST_STOCK]):
+            nearest = bench.best_stock(nfe)
+            for other, name in ((cells[1], "student"), (nearest[0], "stock")):
+                bench.over(cells[0], other, name)
+            for cell in (*cells, *nearest[:BEST_STOCK]):
                 bench.frechet(cell, real)
+        for nfe in WITH_AFS if not options.quick else ():
+            bench.row(Cell(ALONE, "polynomial", False, nfe, nfe))
         # What takes a training comes last.
         for job in [pool.submit(learn, *one, result.folder) for one in learned]:
             job.result()

@@ -246,6 +246,16 @@ def amed(result: dict[str, Any]) -> Iterator[str]:
     """Learned solvers for few model calls, beside every stock sampler"""
     most = max(row["n"] for row in result["rows"] if "n" in row)
     rows = [row for row in result["rows"] if row.get("n") == most]
+    stock = any("over_stock" in row for row in rows)
+
+    def over(row: Row, name: str, nearer: str) -> list[str]:
+        if nearer not in row:
+            return [""] * 3
+        ratios = (
+            f"{row[key]:.2f} {bracketed(row[f'{key}_interval'], 2)}" for key in (f"over_{name}", f"mean_over_{name}")
+        )
+        return [*ratios, f"{row[nearer]:.0%}"]
+
     yield "RMSE to 200 steps of Heun's method over all trajectories, and the median of that of each.\n\n"
     yield table(
         (
@@ -257,6 +267,7 @@ def amed(result: dict[str, Any]) -> Iterator[str]:
             "RMSE over iPNDM alone",
             "mean over iPNDM alone",
             "nearer",
+            *(("RMSE over stock", "mean over stock", "nearer") if stock else ()),
             "Fréchet distance",
             "training",
         ),
@@ -267,11 +278,8 @@ def amed(result: dict[str, Any]) -> Iterator[str]:
                 row["schedule"],
                 f"{row['rmse']:.4f} ± {row['rmse_se']:.4f}",
                 f"{row['median']:.4f}",
-                *(
-                    f"{row[name]:.2f} {bracketed(row[f'{name}_interval'], 2)}" if "nearer" in row else ""
-                    for name in ("over_student", "mean_over_student")
-                ),
-                f"{row['nearer']:.0%}" if "nearer" in row else "",
+                *over(row, "student", "nearer_than_student" if "nearer_than_student" in row else "nearer"),
+                *(over(row, "stock", "nearer_than_stock") if stock else ()),
                 f"{row['frechet']:.3f} ± {row['frechet_se']:.3f}" if "frechet" in row else "",
                 f"{row['train_seconds']:.0f} s" if row["learned"] else "",
             )
