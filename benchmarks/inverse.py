@@ -287,7 +287,7 @@ def restored(cell: Cell, seeds: list[int], draws: list[int]) -> Restored:
             misfit = misfit / loss.known.mean((1, 2, 3)).sqrt()
         off = torch.full((1, len(seeds)), torch.nan)
         if cell.sampler == "euler_ancestral" and cell.method != ALONE:
-            off = Shell.off(shell.radii(sigmas), ELEMENTS).float()
+            off = Shell.off(shell.radii(), ELEMENTS).float()
         return Restored(
             pictures.clone(),
             ratio(pictures, truth),

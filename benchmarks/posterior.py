@@ -55,7 +55,7 @@ SHAPES = {8: (4, 1, 2), 80: (4, 4, 5), 800: (4, 10, 20), 3072: (4, 24, 32)}
 TASKS = ("inpainting", "averaging")
 STEPS = (100, 20)
 MODES, STD, NOISE = 5, 0.15, 0.05
-TUNED_ON, MEASURED_ON, EACH = 4, 16, 64
+TUNED_ON, MEASURED_ON, EACH = 4, 8, 64
 """Measurements that choose the strength, those that are reported, and samples of each."""
 BEYOND = 4
 """Strengths that are tried beyond the ends of the eight."""
@@ -203,7 +203,7 @@ def drawn(
         guider.set_cfg(1.0)
         noise = torch.randn(count, *SHAPES[problem.dim], generator=torch.manual_seed(seed))
         found = guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=seed)
-    return found.flatten(1).unflatten(0, (-1, each)).clone(), shell.radii(sigmas), model.model.calls
+    return found.flatten(1).unflatten(0, (-1, each)).clone(), shell.radii(), model.model.calls
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = 128) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,29 +13,50 @@ from torch import Tensor
 __all__ = ["Shell"]
 
 
+@dataclass(frozen=True)
+class _State:
+    """Of a step: its level, what the sampler asked about, and the answer."""
+
+    sigma: float
+    x: Tensor
+    denoised: Tensor
+
+
 class Shell:
     """Watches a run of euler_ancestral, however it is guided, on a model of noise added to x₀."""
 
     def __init__(self) -> None:
-        self._at: dict[float, tuple[Tensor, Tensor]] = {}
+        self._before: _State | None = None
+        self._at: _State | None = None
+        self._radii: list[Tensor] = []
 
     def watched(self, sampler: Any) -> Any:
         def note(args: dict[str, Any], sigmas: list[float]) -> Tensor:
             # The sampler's own call is the last at its noise level; those of a method come before.
-            self._at[float(args["sigma"].max())] = args["input"].detach().clone(), args["denoised"].detach().clone()
+            state = _State(
+                float(args["sigma"].max()), args["input"].detach().clone(), args["denoised"].detach().clone()
+            )
+            if self._at is not None and self._at.sigma != state.sigma:
+                self._ended()
+            self._at = state
             return args["denoised"]
 
         return with_post_cfg(sampler, note)
 
-    def radii(self, sigmas: Tensor) -> Tensor:
-        """‖x_next − μ‖/(c·√n), `[steps − 1, B]`: 1 for Gaussian noise."""
-        radii, seen = [], list(self._at.values())
-        for i in range(len(sigmas) - 2):
-            (x, denoised), (reached, _) = seen[i], seen[i + 1]
-            down, up = get_ancestral_step(sigmas[i], sigmas[i + 1])
-            off = reached - (denoised + down / sigmas[i] * (x - denoised))
-            radii.append(off.flatten(1).square().mean(1).sqrt() / up)
-        return torch.stack(radii)
+    def _ended(self) -> None:
+        """The step of the latest state: kept is what its radius needs, as all states would take gigabytes."""
+        assert self._at is not None
+        if self._before is not None:
+            one, other = self._before, self._at
+            down, up = get_ancestral_step(one.sigma, other.sigma)
+            off = other.x - (one.denoised + down / one.sigma * (one.x - one.denoised))
+            self._radii.append(off.flatten(1).square().mean(1).sqrt() / up)
+        self._before, self._at = self._at, None
+
+    def radii(self) -> Tensor:
+        """‖x_next − μ‖/(c·√n), `[steps − 1, B]`: 1 for Gaussian noise. Once, after the run."""
+        self._ended()
+        return torch.stack(self._radii)
 
     @staticmethod
     def off(radii: Tensor, elements: int) -> Tensor:
