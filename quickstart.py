@@ -269,6 +269,17 @@ def rewrite(line: str, end: str = "") -> None:
     print(f"\r{line[:width]:{width}}", end=end, flush=True)
 
 
+def prepared(checkout: Path | None) -> Path:
+    """`prepare`, or a Problem where the file system refuses."""
+    try:
+        return prepare(checkout)
+    except OSError as error:
+        raise Problem(
+            f"Could not set up the environment: {error}. {ROOT} must be a folder that you may write to, with 8 GB free "
+            "on its disk. Then run the same command again."
+        ) from error
+
+
 # The commands
 
 
@@ -310,16 +321,9 @@ def main(arguments: list[str]) -> int:
         check_python(sys.version_info[:2], checkout)
         check_machine(sys.platform, platform.machine(), platform.libc_ver()[0])
         command = command_line(options, rest)
-        python = prepare(checkout)
+        python = prepared(checkout)
     except Problem as problem:
         print(f"\n{problem}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(
-            f"\nCould not set up the environment: {error}. {ROOT} must be a folder that you may write to, with 8 GB "
-            "free on its disk. Then run the same command again.",
-            file=sys.stderr,
-        )
         return 1
     environ = {**os.environ, "PYTHONUTF8": "1"}
     if getattr(options, "name", "") not in MEASURING_MEMORY:

@@ -1161,8 +1161,10 @@ ELSEWHERE = {
         {
             "This is Python …, and SphereGuide": "test_older_python_is_refused",
             "This is Python …, and the ComfyUI": "test_newer_python_needs_a_checkout",
+            "There is no PyTorch of today": "test_machines_without_pytorch_are_told_what_to_do",
             "This version of SphereGuide": "test_arguments_of_a_benchmark_are_passed_on",
             "COMFYUI_PATH": "test_comfyui_path_without_a_comfyui_is_named_with_a_remedy",
+            "Could not set up": "test_a_folder_that_can_not_be_written_to_is_named_and_no_traceback",
             "Could not make": "test_an_environment_that_can_not_be_made_shows_why_and_what_to_do",
             "Could not install": "test_failed_installation_shows_the_end_of_pip_s_log_and_what_to_do",
         },

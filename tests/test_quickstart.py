@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import comfy_server
 import pytest
-import serve
 from sphereguide.demo import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -218,6 +218,9 @@ def test_lines_of_progress_fit_the_terminal(
 
 
 def test_serve_leaves_what_was_saved_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", sys.path[:])  # a script's first entry is its folder, and serve's makes it another
+    serve = importlib.import_module("serve")
+
     class Stopped(comfy_server.ComfyServer):
         def __enter__(self) -> comfy_server.ComfyServer:
             raise comfy_server.ServerError("no server here")
