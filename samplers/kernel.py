@@ -147,6 +147,7 @@ def steered(
         with _prepared_for(objective, model, x, extra_args) as (recording, extra_args, stay_loaded):
             guided_model = method(model, sigmas, objective, trace, recording, seed)
             guided_model.rehearsal = host.rehearsed(function, model, sigmas, options)
+            guided_model.decodes_apart = _decodes_apart(objective, x)
             arguments["noise_sampler"] = guided_model.noise_sampler(source)
             arguments["callback"] = guided_model.callback(mode(callback) if callback else None, stay_loaded)
             x = function(guided_model, normal(x), normal(sigmas), extra_args=extra_args, **arguments)
@@ -294,6 +295,7 @@ class GuidedModel:
     guides_last_step = False  # the one to sigma 0
     rehearsal = host.Rehearsal({}, {})
     begins_step = False  # whether the current call is the first of its step
+    decodes_apart = False
 
     def __init__(
         self,
@@ -446,7 +448,7 @@ class GuidedModel:
         with torch.enable_grad():
             variable = denoised.detach().clone().requires_grad_()
             decode = self.objective.decode
-            if decode is not None and (self.checkpointing or _decodes_apart(self.objective, denoised)):
+            if decode is not None and (self.checkpointing or self.decodes_apart):
                 decode = one_by_one(decode)
             seen = variable if decode is None else decode(self.model.process_latent_out(variable))
             return _with_gradient(self.objective.loss(seen, step), variable)
