@@ -43,6 +43,7 @@ __all__ = [
     "noise_source",
     "previewer",
     "rehearsed",
+    "running_workflow",
     "sample_latent",
     "stochastic_samplers",
     "streamed_layers",
@@ -512,11 +513,25 @@ def tell(event: str, data: dict[str, Any]) -> None:
 
     Where no server runs it, or nobody listens, nothing happens.
     """
-    modules = (sys.modules.get(name) for name in ("server", "comfy.cmd.server"))  # the second: PyPI's package of 2024
-    servers = (getattr(getattr(module, "PromptServer", None), "instance", None) for module in modules)
-    server = next(filter(None, servers), None)
+    server = _server()
     if server is not None and server.client_id is not None:
         server.send_sync(event, {**data, "prompt_id": server.last_prompt_id}, server.client_id)
+
+
+def running_workflow() -> str | None:
+    """The id of the workflow that runs now: pages with several open at once give one to each. None from elsewhere."""
+    queue = getattr(_server(), "prompt_queue", None)
+    for _, _, _, found, *_ in queue.get_current_queue()[0] if queue is not None else ():
+        for name in ("extra_pnginfo", "workflow", "id"):  # whoever queues it may send anything there
+            found = found.get(name) if isinstance(found, dict) else None
+        return found if isinstance(found, str) else None
+    return None
+
+
+def _server() -> Any:
+    modules = (sys.modules.get(name) for name in ("server", "comfy.cmd.server"))  # the second: PyPI's package of 2024
+    servers = (getattr(getattr(module, "PromptServer", None), "instance", None) for module in modules)
+    return next(filter(None, servers), None)
 
 
 class Probe(comfy.samplers.KSAMPLER):

@@ -72,7 +72,8 @@ class GuidanceTrace:
     A run that is cancelled or fails leaves what it had until then, and `finished` false.
 
     node    the id of its node in the prompt. The page that runs it gets an event `sphereguide.trace` when a run begins,
-            `{node, steps}`, and at each guided step, with `step` and `loss`: one a sample, None where not finite.
+            `{node, steps, workflow}`, and at each guided step, with `step` and `loss`: one a sample, None where not
+            finite.
     """
 
     node: str | None = None
@@ -118,7 +119,9 @@ class GuidanceTrace:
         if self.node is None:
             return
         data: dict[str, Any] = {"node": self.node, "steps": self.scheduled}
-        if at is not None:  # JSON, as pages read it, has no NaN
+        if at is None:
+            data["workflow"] = host.running_workflow()
+        else:  # JSON, as pages read it, has no NaN
             loss = [value if math.isfinite(value) else None for value in at.loss.tolist()]
             data |= {"step": at.step, "loss": loss}
         host.tell("sphereguide.trace", data)

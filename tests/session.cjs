@@ -97,6 +97,15 @@ run(async (url, file, rate) => {
   const twice = { ...(await held(page)), pixels: second.pixels };
   await picture("second");
 
+  await page.evaluate(async () => {
+    const { api } = await import("/scripts/api.js");
+    const node = String(window.app.graph._nodes.find((node) => node.type === "SphereGuideDSG").id);
+    for (const told of [{ workflow: "another tab's" }, { step: 0, loss: [1] }]) {
+      api.dispatchEvent(new CustomEvent("sphereguide.trace", { detail: { node, steps: 9, ...told } }));
+    }
+  });
+  const elsewhere = await held(page);
+
   await drop(page, first.filename, "image/png", first.content);
   const restored = (rate) =>
     window.app.graph._nodes
@@ -107,6 +116,6 @@ run(async (url, file, rate) => {
   const back = await held(page);
   await picture("back");
 
-  console.log(JSON.stringify({ missing, errors, dropped, once, twice, back }));
+  console.log(JSON.stringify({ missing, errors, dropped, once, twice, elsewhere, back }));
   await browser.close();
 });

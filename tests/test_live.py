@@ -33,6 +33,11 @@ class StubServer:
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, dict, str]] = []
+        self.extra_data: dict = {"extra_pnginfo": {"workflow": {"id": "tab 1"}}}
+        self.prompt_queue = self
+
+    def get_current_queue(self) -> tuple[list[tuple], list[tuple]]:
+        return [(0, self.last_prompt_id, {}, self.extra_data, [])], []
 
     def send_sync(self, event: str, data: dict, client: str) -> None:
         self.sent.append((event, json.loads(json.dumps(data, allow_nan=False)), client))
@@ -55,7 +60,7 @@ def test_a_run_tells_that_it_begins_and_each_guided_step_to_the_page_that_runs_i
     sample(sampler)
     begun, *steps = server.sent
     common = {"node": "12:3", "steps": 5, "prompt_id": "prompt 1"}
-    assert begun == ("sphereguide.trace", common, "page")
+    assert begun == ("sphereguide.trace", {**common, "workflow": "tab 1"}, "page")
     assert len(trace.steps) == 4
     assert steps == [
         ("sphereguide.trace", {**common, "step": step.step, "loss": step.loss}, "page") for step in trace.steps
@@ -100,7 +105,16 @@ def test_a_loss_that_is_not_finite_is_told_as_none(server):
 def test_a_run_that_guides_nothing_tells_that_it_begins(server):
     sampler, _ = guide(guidance_rate=0.0, unique_id="7")
     sample(sampler)
-    assert [data for _, data, _ in server.sent] == [{"node": "7", "steps": 5, "prompt_id": "prompt 1"}]
+    begun = {"node": "7", "steps": 5, "prompt_id": "prompt 1", "workflow": "tab 1"}
+    assert [data for _, data, _ in server.sent] == [begun]
+
+
+@pytest.mark.parametrize("extra_data", [{}, {"extra_pnginfo": "text"}, {"extra_pnginfo": {"workflow": {"id": [1]}}}])
+def test_a_prompt_from_elsewhere_has_no_workflow(server, extra_data):
+    server.extra_data = extra_data
+    sampler, _ = guide(unique_id="7")
+    sample(sampler)
+    assert server.sent[0][1]["workflow"] is None
 
 
 def test_every_node_with_a_trace_knows_its_id():
@@ -150,7 +164,7 @@ def test_a_client_hears_of_its_own_prompts_also_where_the_guidance_node_is_cache
         run = comfy_server.run(prompt)
         assert (node in run.cached) == (seed == 12)
         begun, *steps = run.guided
-        assert begun == {"node": node, "steps": 4, "prompt_id": run.prompt_id}
+        assert begun == {"node": node, "steps": 4, "prompt_id": run.prompt_id, "workflow": None}
         assert [data["step"] for data in steps] == [0, 1, 2]
         assert all(data["node"] == node and data["loss"][0] > 0 for data in steps)
         pictures.append(load(comfy_server.images(run, node_of(prompt, "SaveImage"))))

@@ -173,6 +173,7 @@ def test_a_session_drop_queue_turn_the_strength_queue_and_drop_the_picture(
     assert [step for step, _ in once["curve"]] == [step for step, _ in twice["curve"]] == [0, 1, 2]
     assert once["curve"] != twice["curve"]
     assert all(loss > 0 for _, (loss,) in once["curve"])
+    assert seen["elsewhere"]["curve"] == twice["curve"]  # while another workflow runs
     assert {moment["height"] for moment in (dropped, once, twice, back)} == {dropped["height"]}
 
     # What was drawn or said is not in the saved workflow, and no value there has moved.

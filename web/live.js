@@ -79,9 +79,11 @@ function mean(values) {
   return finite.length ? finite.reduce((sum, value) => sum + value, 0) / finite.length : null;
 }
 
+const root = () => app.rootGraph ?? app.graph;
+
 /** The node of an id such as "7", or "12:7" in a subgraph. */
 function nodeOf(id) {
-  let graph = app.rootGraph ?? app.graph;
+  let graph = root();
   let node;
   for (const part of id.split(":")) {
     node = graph?.getNodeById(part);
@@ -93,9 +95,12 @@ function nodeOf(id) {
 app.registerExtension({
   name: "SphereGuide.Live",
   setup() {
-    api.addEventListener("sphereguide.trace", ({ detail: { node, steps, step, loss } }) => {
+    let running; // the id of the workflow, where pages have several open
+    api.addEventListener("sphereguide.trace", ({ detail: { node, steps, step, loss, workflow } }) => {
+      if (!loss) running = workflow;
+      if (running && running !== root().id) return; // another one is open by now
       const widget = nodeOf(node)?.widgets?.find(({ name }) => name === NAME);
-      if (!widget) return; // another workflow is open by now
+      if (!widget) return;
       widget.steps = steps;
       if (loss) widget.losses.set(step, loss);
       else widget.losses.clear(); // a run begins
