@@ -521,7 +521,10 @@ def tell(event: str, data: dict[str, Any]) -> None:
 def running_workflow() -> str | None:
     """The id of the workflow that runs now: pages with several open at once give one to each. None from elsewhere."""
     queue = getattr(_server(), "prompt_queue", None)
-    for _, _, _, found, *_ in queue.get_current_queue()[0] if queue is not None else ():
+    if queue is None:
+        return None
+    current = getattr(queue, "get_current_queue_volatile", queue.get_current_queue)  # the older copies what waits
+    for _, _, _, found, *_ in current()[0]:
         for name in ("extra_pnginfo", "workflow", "id"):  # whoever queues it may send anything there
             found = found.get(name) if isinstance(found, dict) else None
         return found if isinstance(found, str) else None
