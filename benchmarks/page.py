@@ -19,9 +19,8 @@ PAGE = RESULTS.parent / "README.md"
 HEAD = """# Results
 
 What `benchmarks/results/` holds, a section for each claim: written by `python benchmarks/page.py`, and a test holds it
-to the files. Each command makes the file anew: guidance.json with more methods than it has by now, amed.json with EPD's
-solvers. `--quick` shows that it runs. Interrupted runs go on where they were. What
-is measured and how stands at the top of each benchmark.
+to the files. Each command makes the file anew, guidance.json with more methods than it has by now; `--quick` shows that
+it runs. Interrupted runs go on where they were. What is measured and how stands at the top of each benchmark.
 """
 
 Row = dict[str, Any]
