@@ -39,7 +39,7 @@ class Bottleneck:
         return torch.stack(self.found).mean(0)  # several prompts have several
 
     def note(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
+        if self.open and isinstance(output, Tensor):
             self.outputs.append(output.detach().float().mean(1))
 
     def sort(self, cond_or_uncond: list[int], whole: bool) -> None:
