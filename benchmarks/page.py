@@ -19,8 +19,9 @@ PAGE = RESULTS.parent / "README.md"
 HEAD = """# Results
 
 What `benchmarks/results/` holds, a section for each claim: written by `python benchmarks/page.py`, and a test holds it
-to the files. Each command makes the file anew, guidance.json with more methods than it has by now; `--quick` shows that
-it runs. Interrupted runs go on where they were. What is measured and how stands at the top of each benchmark.
+to the files. Each command makes the file anew, guidance.json and those of bench inverse with more methods than they
+have by now; `--quick` shows that it runs. Interrupted runs go on where they were. What is measured and how stands at
+the top of each benchmark.
 """
 
 Row = dict[str, Any]
@@ -122,7 +123,8 @@ def inverse(result: dict[str, Any]) -> Iterator[str]:
     degraded = [row for row in result["rows"] if row["method"] == "degraded"]
     if degraded:
         found = (f"{row['task']} {row['psnr']:.2f} dB and {row['frechet']:.3f}" for row in degraded)
-        yield f" The degraded pictures, enlarged by bicubic interpolation: {'; '.join(found)}."
+        yield " The degraded pictures, enlarged by bicubic interpolation, with 0 for missing pixels: "
+        yield f"{'; '.join(found)}."
     rows = [
         (
             *(str(row[key]) for key in ("task", "nfe", "sampler", "schedule", "method")),

@@ -39,6 +39,8 @@ def main() -> int:
             print(
                 f"SphereGuide is at {server.url}\n"
                 f"Drag a workflow onto the page: {PACK / 'workflows'}\n"
+                f"Models of yours go into: {server.base / 'models'}\n"
+                f"Pictures land in: {server.output}\n"
                 f"What ComfyUI says: {server.log_path}\n"
                 "Ctrl-C stops it.",
                 flush=True,

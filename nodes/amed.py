@@ -39,9 +39,9 @@ models_folder(FOLDER)
 class AMEDTrain:
     DESCRIPTION = (
         "Teaches a small network where a few-step sampler should ask this model, so that it comes out where a sampler "
-        "of many steps does: 4 to 8 model calls in place of 20 to 50. Once for a model, a cfg and a number of steps; "
-        "minutes. AMED-Solver and AMED-Plugin, Zhou et al., CVPR 2024, arXiv 2312.00094; EPD-Solver, Zhu et al., ICCV "
-        "2025, arXiv 2507.14797."
+        "of many steps does: 4 to 8 model calls in place of 20 to 50. Once for a model, a cfg and a number of steps: "
+        "minutes for Toy Portraits, longer for large models, which want a GPU with much memory. AMED-Solver and "
+        "AMED-Plugin, Zhou et al., CVPR 2024, arXiv 2312.00094; EPD-Solver, Zhu et al., ICCV 2025, arXiv 2507.14797."
     )
     CATEGORY = "SphereGuide/amed"
     FUNCTION = "train"

@@ -110,9 +110,9 @@ def check_sampler(title: str, sampler: Any, remedy: str) -> None:
 
 class EpsilonScalingSampler:
     DESCRIPTION = (
-        "Corrects a bias of diffusion models while they sample: most predict noise that is a little too long, since "
-        "they never saw their own errors. For any sampler, model and number of steps; costs nothing. Epsilon Scaling, "
-        "Ning et al., ICLR 2024, arXiv 2308.15321."
+        "Divides the noise that a model predicts by a number near 1: above 1 gives back detail that long steps lose. "
+        "For any sampler, model and number of steps; costs nothing. Calibrate Epsilon Scaling measures by "
+        "what. Epsilon Scaling, Ning et al., ICLR 2024, arXiv 2308.15321."
     )
     CATEGORY = "SphereGuide/epsilon scaling"
     FUNCTION = "scale"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["drawn", "new_figure"]
+__all__ = ["drawn", "new_figure", "written"]
 
 
 def new_figure(title: str, width: float, height: float) -> Figure:
@@ -34,3 +36,12 @@ def drawn(figure: Figure) -> Tensor:
     figure.canvas.draw()
     pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].astype(np.float32) / 255
     return torch.from_numpy(pixels)[None]
+
+
+def written(text: str, width: int, height: int) -> Tensor:
+    """IMAGE `[1, height, width, 3]` of words, where no figure can be drawn."""
+    picture = Image.new("RGB", (width, height), "white")
+    ImageDraw.Draw(picture).multiline_text(
+        (24, 24), textwrap.fill(text, width // 11), "black", ImageFont.load_default(20)
+    )
+    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]

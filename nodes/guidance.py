@@ -40,9 +40,9 @@ RATE: dict[str, Any] = {
             "max": 1.0,
             "step": 0.01,
             "tooltip": (
-                "Strength: how far the noise is turned towards the loss. 0 is off. 0.1 to 0.2 suits measured images "
-                "(inpainting, super-resolution, deblurring), maps and texts, 0.2 to 0.3 styles and faces. Higher "
-                "follows the loss more and varies less."
+                "Strength: how far the noise is turned towards the loss. 0 is off. 0.1 to 0.4 suits measured images "
+                "(inpainting, super-resolution, deblurring), 0.1 to 0.2 maps and texts, 0.2 to 0.3 styles and faces. "
+                "Higher follows the loss more and varies less."
             ),
         },
     ),
@@ -95,8 +95,8 @@ VAE: dict[str, Any] = {
         "VAE",
         {
             "tooltip": (
-                "Decodes the estimate for losses that look at images: nearly all of them. A TAESD VAE is "
-                "much faster and often good enough."
+                "Decodes the estimate, which is the finished picture as the model foresees it at this step, for losses "
+                "that look at images: nearly all of them. A TAESD VAE is much faster and often good enough."
             )
         },
     ),

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ..samplers.trace import GuidanceTrace, GuidedStep
-from .figure import drawn, new_figure
+from .figure import drawn, new_figure, written
 
 
 class GuidanceReport:
@@ -43,7 +43,12 @@ class GuidanceReport:
 
     def report(self, samples: dict[str, Tensor], trace: GuidanceTrace) -> dict[str, Any]:
         summary = trace.summary()
-        return {"ui": {"text": [summary]}, "result": (samples, plot(trace.steps), summary)}
+        try:
+            figure = plot(trace.steps)
+        except ImportError as error:  # what was sampled for minutes goes on all the same
+            summary = f"{summary}\n{error}"
+            figure = written(str(error), 1200, 360)
+        return {"ui": {"text": [summary]}, "result": (samples, figure, summary)}
 
 
 def plot(steps: list[GuidedStep]) -> Tensor:

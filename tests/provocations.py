@@ -1118,7 +1118,7 @@ ELSEWHERE = {
     **tested(
         "test_guidance_node.py",
         {
-            "… draws with matplotlib": "test_without_matplotlib_the_report_names_the_command",
+            "… draws with matplotlib": "test_without_matplotlib_the_latent_passes_and_the_report_names_the_command",
             "…: out of memory": "test_out_of_memory_in_the_gradient_is_tried_again_with_checkpointing",
             "This loss looks at single images": "test_a_smaller_decode_reserves_less_and_refuses_several_frames",
         },

@@ -18,7 +18,7 @@ from sphereguide.losses.base import Loss
 from sphereguide.losses.measurement import Inpainting, SuperResolution
 from sphereguide.models.decoder import Decoder
 from sphereguide.nodes import report as report_nodes
-from sphereguide.nodes.figure import drawn
+from sphereguide.nodes.figure import drawn, new_figure
 from sphereguide.nodes.guidance import DSGGuidance
 from sphereguide.nodes.report import GuidanceReport
 from sphereguide.samplers import autograd, kernel
@@ -176,11 +176,17 @@ def test_the_summary_counts_what_was_skipped():
     assert GuidanceReport().report({"samples": torch.zeros(1, 4, 8, 8)}, trace)["result"][1].isfinite().all()
 
 
-def test_without_matplotlib_the_report_names_the_command(monkeypatch):
+def test_without_matplotlib_the_latent_passes_and_the_report_names_the_command(monkeypatch):
     _, trace = guide()
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
-    with pytest.raises(ImportError, match=r"Guidance Report draws with matplotlib.*pip install matplotlib"):
-        GuidanceReport().report({"samples": torch.zeros(1, 4, 8, 8)}, trace)
+    latent = {"samples": torch.zeros(1, 4, 8, 8)}
+    report = GuidanceReport().report(latent, trace)
+    samples, picture, summary = report["result"]
+    assert samples is latent and report["ui"]["text"] == [summary]
+    assert summary.startswith(trace.summary()) and summary.endswith("pip install matplotlib")
+    assert picture.shape == (1, 360, 1200, 3) and 0.001 < (picture < 0.5).float().mean() < 0.1
+    with pytest.raises(ImportError, match=r"^Calibrate draws with matplotlib.*pip install matplotlib"):
+        new_figure("Calibrate", 1, 1)
 
 
 class Interrupted(BaseException):

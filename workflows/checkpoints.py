@@ -124,9 +124,10 @@ def turn(family: Family, *lines: str) -> str:
 
 EXPECT = """
 
-Expect: a guided step takes two to four times as long as a plain one. How guidance went: the loss should fall. The
-settings are a start, taken from the papers and from Toy Portraits; nobody has measured them on your checkpoint. Ignores
-the loss: raise guidance_rate. Odd textures or flat areas: lower it."""
+Expect: a guided step takes more than twice as long as a plain one, and longer the larger it decodes (decode_scale; a
+TAESD VAE decodes faster). How guidance went: the loss should fall. The settings are a start, taken from the papers and
+from Toy Portraits; nobody has measured them on your checkpoint. Ignores the loss: raise guidance_rate. Odd textures or
+flat areas: lower it."""
 
 
 def workflows_of(family: Family) -> dict[str, Workflow]:
@@ -149,8 +150,9 @@ def workflows_of(family: Family) -> dict[str, Workflow]:
             "A style",
             """
 The prompt says what to paint, as ever; the style comes from a picture. Style Gram Loss compares its colours and strokes
-with those of each estimate, and DSG Guidance turns the sampler's noise so that they agree. The settings are those of
-the DSG paper: 100 steps, guided in the middle of the schedule, where most steps are done four times (recurrence)."""
+with those of each estimate of the finished picture, and DSG Guidance turns the sampler's noise so that they agree. The
+settings are those of the DSG paper: 100 steps, guided in the middle of the schedule, where most steps are done four
+times (recurrence)."""
             + needs(family, CLIP, STYLE)
             + turn(
                 family,
@@ -171,9 +173,10 @@ the DSG paper: 100 steps, guided in the middle of the schedule, where most steps
             by_text_and_style("style.jpg", NETWORK, "a painting of a lighthouse in a storm, huge waves, dark clouds"),
             "A text and a style",
             """
-Two losses at once, through one open_clip model: CLIP Text Loss asks how well each estimate agrees with its text, Style
-Gram Loss how well with the colours and strokes of a picture. Combine Losses weighs them, and DSG Guidance turns the
-sampler's noise. The prompt stays: the loss is a second opinion, for what the model's own text encoder misses."""
+Two losses at once, through one open_clip model: CLIP Text Loss asks how well each estimate of the finished picture
+agrees with its text, Style Gram Loss how well with the colours and strokes of a picture. Combine Losses weighs them,
+and DSG Guidance turns the sampler's noise. The prompt stays: the loss is a second opinion, for what the model's own
+text encoder misses."""
             + needs(family, CLIP, STYLE)
             + turn(
                 family,
@@ -197,10 +200,10 @@ sampler's noise. The prompt stays: the loss is a second opinion, for what the mo
             },
             "A face",
             """
-FaceID Loss asks a face recognition network how far the face of each estimate is from that of a reference, and DSG
-Guidance turns the sampler's noise so that it is the same person. Hair, clothes and light stay with the prompt, which
-should ask for a portrait. The face is found on the estimate once there is one; until then the box is where it should
-be."""
+FaceID Loss asks a face recognition network how far the face of each estimate of the finished picture is from that of a
+reference, and DSG Guidance turns the sampler's noise so that it is the same person. Hair, clothes and light stay with
+the prompt, which should ask for a portrait. The face is found on the estimate once there is one; until then the box is
+where it should be."""
             + needs(
                 family,
                 f"Load Face Encoder: {FACES} of facenet-pytorch, in models/face_encoders. Its help page says how to "
@@ -225,8 +228,8 @@ be."""
             "What shall be where",
             """
 A dog on the left and a cat on the right, which a prompt alone mixes up. Two rectangles say what shall be where, and
-Segmentation Loss asks a network that names the class of each pixel how far each estimate is from that; DSG Guidance
-turns the sampler's noise. What lies outside of the rectangles is free."""
+Segmentation Loss asks a network that names the class of each pixel how far each estimate of the finished picture is
+from that; DSG Guidance turns the sampler's noise. What lies outside of the rectangles is free."""
             + needs(
                 family,
                 f"Load Segmentation Model: {SEGMENTER} of torchvision, in models/segmentation. It knows the classes of "
@@ -254,9 +257,8 @@ turns the sampler's noise. What lies outside of the rectangles is free."""
             family.cfg,
             family.pictures,
             f"""
-While it samples, a model meets its own errors and predicts noise that is a little too long: detail is lost, the more
-the fewer the steps. Epsilon Scaling divides that noise by b. Here: the same seeds without it, with
-b 1.005 and with 1.015.{needs(family)}
+Long steps lose detail, the more the fewer they are. Epsilon Scaling divides the noise that the model predicts by b, and
+a b above 1 gives some of it back. Here: the same seeds without it, with b 1.005 and with 1.015.{needs(family)}
 Turn these:
 - values (Values of b): above 1 gives texture and detail, then grain; below 1 smooths; 1 is off. Go by 0.001.
 - steps (Steps), sampler_name (Sampler), cfg (Sample): each recipe needs a b of its own, and may need none. More

@@ -27,7 +27,7 @@ from layouts import (
 )
 
 RESTORATION = f"""
-Drop {PICTURE}, which lies beside this workflow, on Original picture, and queue.
+Drop {PICTURE}, from the pack's folder workflows (in ComfyUI/custom_nodes), on Original picture, and queue.
 
 Turn these:
 - guidance_rate (DSG Guidance) is the strength. At 0 you see what the model paints on its own with this seed. Too high,
@@ -55,7 +55,7 @@ With your own checkpoint: put a network that was trained on photos in place of t
 def drop(*pairs: tuple[str, str]) -> str:
     """Which picture belongs on which Load Image."""
     places = " and ".join(f"{picture} on {title}" for picture, title in pairs)
-    return f"\nDrop {places}, from the folder of this workflow, and queue.\n"
+    return f"\nDrop {places}, from the pack's folder workflows (in ComfyUI/custom_nodes), and queue.\n"
 
 
 PORTRAIT = "comic portrait of a smiling person with long red hair, wearing round glasses, teal background"
@@ -69,8 +69,8 @@ WORKFLOWS = {
         guidance_rate=0.2,
         note="""
 Half of the pixels are missing, one by one at random, and there is noise on the rest. The model only knows how to paint
-portraits; nobody taught it to repair them. Inpainting Loss measures how far each estimate is from the pixels that are
-known, and DSG Guidance turns the sampler's noise so that the result agrees with them.
+portraits; nobody taught it to repair them. Inpainting Loss measures how far each estimate of the finished picture is
+from the pixels that are known, and DSG Guidance turns the sampler's noise so that the result agrees with them.
 """
         + RESTORATION,
     ),
@@ -82,8 +82,9 @@ known, and DSG Guidance turns the sampler's noise so that the result agrees with
         guidance_rate=0.14,
         note="""
 The portrait is scaled down to 32 x 32 pixels, with noise. The model only knows how to paint portraits;
-nobody taught it to enlarge them. Super-Resolution Loss scales each estimate down in the same way and compares, and DSG
-Guidance turns the sampler's noise so that the result agrees. Set the same factor in Degrade Image and in the loss.
+nobody taught it to enlarge them. Super-Resolution Loss scales each estimate of the finished picture down in the same
+way and compares, and DSG Guidance turns the sampler's noise so that the result agrees. Set the same factor in Degrade
+Image and in the loss.
 """
         + RESTORATION,
     ),
@@ -95,9 +96,9 @@ Guidance turns the sampler's noise so that the result agrees. Set the same facto
         guidance_rate=0.14,
         note="""
 The portrait is scaled down to 8 x 8 pixels, with noise: 192 numbers, far too few to say what it was. The model only
-knows how to paint portraits. Super-Resolution Loss scales each estimate down in the same way and compares, and DSG
-Guidance turns the sampler's noise so that the result agrees: a portrait, and one that makes this thumbnail. What the
-thumbnail does not tell, such as the shape of the eyes, each noise_seed answers for itself.
+knows how to paint portraits. Super-Resolution Loss scales each estimate of the finished picture down in the same way
+and compares, and DSG Guidance turns the sampler's noise so that the result agrees: a portrait, and one that makes this
+thumbnail. What the thumbnail does not tell, such as the shape of the eyes, each noise_seed answers for itself.
 """
         + RESTORATION,
     ),
@@ -109,8 +110,9 @@ thumbnail does not tell, such as the shape of the eyes, each noise_seed answers 
         guidance_rate=0.14,
         note="""
 The portrait is blurred (sigma 3 pixels), with noise. The model only knows how to paint portraits; nobody taught it to
-sharpen them. Gaussian Deblur Loss blurs each estimate in the same way and compares, and DSG Guidance turns the noise of
-the sampler so that the result agrees. Set the same kernel_size and sigma in Degrade Image and in the loss.
+sharpen them. Gaussian Deblur Loss blurs each estimate of the finished picture in the same way and compares, and DSG
+Guidance turns the noise of the sampler so that the result agrees. Set the same kernel_size and sigma in Degrade Image
+and in the loss.
 """
         + RESTORATION,
     ),
@@ -122,8 +124,9 @@ the sampler so that the result agrees. Set the same kernel_size and sigma in Deg
         },
         "The network that judges",
         """
-The prompt is empty. CLIP Text Loss asks an open_clip model how well each estimate agrees with the text in it, and DSG
-Guidance turns the sampler's noise so that the picture agrees better. This works with models that know no text at all.
+The prompt is empty. CLIP Text Loss asks an open_clip model how well each estimate of the finished picture agrees with
+the text in it, and DSG Guidance turns the sampler's noise so that the picture agrees better. This works with models
+that know no text at all. It needs pip install open-clip-torch.
 
 Queue, then change the text. Parts of it are joined by | and weighed: red hair | glasses:0.5
 """
@@ -140,8 +143,8 @@ Queue, then change the text. Parts of it are joined by | and weighed: red hair |
         "What shall be where",
         """
 A map says what shall be where, in colours that stand for hair, skin, clothes and so on. Segmentation Loss asks a
-network that names the class of each pixel how far each estimate is from that map, and DSG Guidance turns the sampler's
-noise so that the picture agrees.
+network that names the class of each pixel how far each estimate of the finished picture is from that map, and DSG
+Guidance turns the sampler's noise so that the picture agrees.
 """
         + drop((MAP, "Map of colours"))
         + STEERING,
@@ -152,8 +155,9 @@ noise so that the picture agrees.
         by_style(),
         "A style",
         """
-Style Gram Loss compares which features of a network go together in each estimate, wherever they lie, with those of a
-picture: its colours and textures, not its subject. DSG Guidance turns the sampler's noise so that they agree.
+Style Gram Loss compares which features of a network go together in each estimate of the finished picture, wherever they
+lie, with those of a picture: its colours and textures, not its subject. DSG Guidance turns the sampler's noise so that
+they agree. It needs pip install open-clip-torch.
 """
         + drop((STYLE, "Picture of the style"))
         + STEERING,
@@ -165,7 +169,7 @@ picture: its colours and textures, not its subject. DSG Guidance turns the sampl
         "A style",
         """
 The prompt says what to paint, and cfg sees to it as always; the style comes from a picture, through Style Gram Loss.
-The two don't know of each other: guidance adds to any workflow that samples.
+The two don't know of each other: guidance adds to any workflow that samples. It needs pip install open-clip-torch.
 """
         + drop((STYLE, "Picture of the style"))
         + STEERING,
@@ -182,8 +186,9 @@ The two don't know of each other: guidance adds to any workflow that samples.
         },
         "A face",
         """
-FaceID Loss asks a face recognition network how far the face of each estimate is from that of a reference, and DSG
-Guidance turns the sampler's noise so that it is the same person: the shape of the face, not its hair or background.
+FaceID Loss asks a face recognition network how far the face of each estimate of the finished picture is from that of a
+reference, and DSG Guidance turns the sampler's noise so that it is the same person: the shape of the face, not its hair
+or background. It needs pip install timm.
 
 For photos set crop to detect, which finds the face by itself. Cartoons have theirs in a fixed box.
 """
@@ -199,11 +204,12 @@ For photos set crop to detect, which finds the face by itself. Cartoons have the
         },
         "The network that judges",
         """
-The same seed seven times, with guidance_rate from 0 to 1: no guidance first, and last more than the
-picture can bear. Here all that the text says is there at 0.3, and at 0.5 the face falls apart. Where that is depends on
-the loss, the model, the seed and the number of steps, so sweep once for each of your recipes, and then work below it.
+The same seed seven times, with guidance_rate from 0 to 1: no guidance first. Here all that the text says is there at
+0.3, and at 0.5 the face falls apart; beyond that it is luck, and at 1 this seed has a face again. Where it falls apart
+depends on the loss, the model, the seed and the number of steps, so sweep once for each of your recipes, and then work
+below it.
 
-Queue: it takes as long as seven pictures.
+Queue: it takes as long as seven pictures. It needs pip install open-clip-torch.
 
 Turn these:
 - values (Strengths): closer together, to look closely at a range.
@@ -228,7 +234,8 @@ Turn these:
         "A text, a face and a layout",
         """
 Three losses at once: the text says the colours, the reference who it is, the map what is where. Combine Losses gives
-each its weight; with normalise on, equal weights pull equally, whatever numbers the losses give.
+each its weight; with normalise on, equal weights pull equally, whatever numbers the losses give. It needs pip install
+open-clip-torch timm.
 """
         + drop((PICTURE, "Reference face"), (MAP, "Map of colours"))
         + STEERING,
@@ -284,9 +291,9 @@ does. Then draws four portraits with it.
 Queue: some minutes on a computer without a GPU. Cancel keeps the best so far, and queueing again goes on from there.
 
 Turn these:
-- steps (Train AMED Predictor): each is two model calls.
+- steps (Train AMED Predictor): each is two model calls; with epd and epd_ipndm 1 + parallel.
 - trajectories and epochs: more learn better, and take longer.
-- student: amed is AMED-Solver, the others are AMED-Plugin on a known solver.
+- student: amed is AMED-Solver, epd and epd_ipndm are EPD-Solver, the others AMED-Plugin on a known solver.
 - cfg: the one that you will draw with, in the sampler too.""",
     ),
     "toy_calibrate": calibrate(
