@@ -127,27 +127,50 @@ def _copy_input(norm: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] |
 
 
 def streamed_layers(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """Layers whose weights the host brings to the device for a call and takes away again (low VRAM, dynamic VRAM).
+    """Layers whose weights the host makes ready for a call and lets go of again: they must do so in the backward pass.
 
-    The buffers are used again by other layers, behind autograd's back: such a layer must fetch its weights anew in the
-    backward pass.
+    Those that it brings to the device (low VRAM, dynamic VRAM): the buffers are used again by other layers, behind
+    autograd's back. And those that it casts (fp8): autograd would keep a copy of the whole model in a larger type.
     """
     device = comfy.model_management.get_torch_device()
-    return [
-        layer
-        for layer in module.modules()
-        if hasattr(layer, "_v") or any(p.device.type != device.type for p in layer.parameters(recurse=False))
-    ]
+    cast_to = getattr(module, "manual_cast_dtype", None)  # of a BaseModel
+
+    def streamed(layer: torch.nn.Module) -> bool:
+        cast = cast_to is not None and getattr(layer, "comfy_cast_weights", False)
+        weights = list(layer.parameters(recurse=False))
+        elsewhere = any(p.device.type != device.type for p in weights)
+        return hasattr(layer, "_v") or elsewhere or (cast and any(p.dtype != cast_to for p in weights))
+
+    return [layer for layer in module.modules() if streamed(layer)]
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    of_host = getattr(comfy.model_management, "is_oom", None)  # knows those of other devices too
+    return isinstance(error, torch.cuda.OutOfMemoryError) or (of_host is not None and of_host(error))
 
 
 def with_differentiable_attention(model_options: dict[str, Any]) -> dict[str, Any]:
-    """`model_options` in which kernels without a backward pass (sage, flash of newer hosts) give way to PyTorch's."""
+    """`model_options` in which kernels without a backward pass (sage, flash of newer hosts) give way to PyTorch's.
+
+    So do those that a model brings itself: some of them drop the graph and say nothing, and a gradient through what
+    goes around them would be a wrong one.
+    """
     management, options = comfy.model_management, model_options.get("transformer_options", {})
-    kernels = (getattr(management, f"{name}_attention_enabled", lambda: False) for name in ("sage", "flash"))
-    if not any(enabled() for enabled in kernels) or "optimized_attention_override" in options:
+    names = ("sage", "flash", "comfy_kitchen")
+    kernels = (getattr(management, f"{name}_attention_enabled", lambda: False) for name in names)
+    theirs = options.get("optimized_attention_override")
+    if theirs is None and not any(enabled() for enabled in kernels):
         return model_options
-    override = {"optimized_attention_override": lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)}
-    return {**model_options, "transformer_options": {**options, **override}}
+
+    def override(kernel: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in args[:3])  # q, k, v
+        if theirs is not None:
+            out = theirs(attention_pytorch if recorded else kernel, *args, **kwargs)
+            if out.requires_grad or not recorded:
+                return out
+        return attention_pytorch(*args, **kwargs)
+
+    return {**model_options, "transformer_options": {**options, "optimized_attention_override": override}}
 
 
 # -- the objects behind a sampler function's `model` -------------------------------------------------------------------
@@ -187,7 +210,9 @@ def controls(guider: Any) -> list[Any]:
 def networks(guider: Any) -> list[torch.nn.Module]:
     """All that a call of the guider may run: its model, its ControlNets, and what else it has loaded or holds."""
     held = [value for owner in (guider, *controls(guider)) for value in vars(owner).values()]
-    loaded = [patcher.model for patcher in additional_models(guider) if hasattr(patcher, "model")]
+    held += [value.first_stage_model for value in held if hasattr(value, "first_stage_model")]  # encodes a hint
+    patches = getattr(guider.model_patcher, "model_patches_models", list)()
+    loaded = [patcher.model for patcher in (*additional_models(guider), *patches) if hasattr(patcher, "model")]
     return list(dict.fromkeys(module for module in (*held, *loaded) if isinstance(module, torch.nn.Module)))
 
 

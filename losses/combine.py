@@ -46,8 +46,12 @@ class Combined(Loss):
         return tuple(dict.fromkeys(patcher for loss in self.losses for patcher in loss.patchers))
 
     def weight(self, step: Step) -> float:
-        """The strongest of the parts': as long as one of them is at full strength, so is the guidance."""
-        return max(loss.weight(step) for loss in self.losses)
+        """The strongest of the parts': as long as one of them is at full strength, so is the guidance.
+
+        Among several a weight above 1 says how much of the direction is that loss's, and not how far to go.
+        """
+        strongest = max(loss.weight(step) for loss in self.losses)
+        return min(1.0, strongest) if len(self.losses) > 1 else strongest
 
     def forward(self, images: Tensor, step: Step | None = None) -> Tensor:
         step = step or Step()

@@ -16,22 +16,30 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from .. import host
 
-__all__ = ["Recording", "differentiable", "normal", "one_by_one", "staying_out_of_inference_mode"]
+__all__ = [
+    "Recording",
+    "differentiable",
+    "normal",
+    "one_by_one",
+    "staying_out_of_inference_mode",
+    "wants_lenience",
+]
 
 
 @dataclass(frozen=True)
 class Recording:
-    """Called as `recording(mutation=False, checkpointing=None)`: see `differentiable`.
+    """Called as `recording(lenient=False, checkpointing=None)`: see `differentiable`.
 
     put_back    makes a block within which weights and modes are as they were: for the host to load models in
     """
@@ -39,9 +47,9 @@ class Recording:
     put_back: Callable[[], contextlib.AbstractContextManager[None]]
 
     def __call__(
-        self, mutation: bool = False, checkpointing: nn.Module | None = None
+        self, lenient: bool = False, checkpointing: nn.Module | None = None
     ) -> contextlib.AbstractContextManager[None]:
-        return _recording(mutation, checkpointing)
+        return _recording(lenient, checkpointing)
 
 
 @contextlib.contextmanager
@@ -49,11 +57,11 @@ def differentiable(*modules: nn.Module, holders: Iterable[Any] = ()) -> Iterator
     """Within the block, the modules can be differentiated with respect to their input.
 
     The whole block runs outside of inference mode and without gradients: what a network keeps from a call that records
-    nothing may serve in one that does. Yields `recording(mutation=False, checkpointing=None)`, a context manager for a
-    forward pass *and* its backward pass. With `mutation`, in-place operations on what autograd keeps are legal; each
-    operation then passes through Python, so that a small model takes twice the time. The blocks of `checkpointing`, a
-    diffusion model, forget their activations and compute them again in the backward pass: less memory, about one more
-    forward pass.
+    nothing may serve in one that does. Yields `recording(lenient=False, checkpointing=None)`, a context manager for a
+    forward pass *and* its backward pass. What it then refuses (see `wants_lenience`) is legal with `lenient`: in-place
+    operations on what autograd keeps, and inference tensors that no module holds. Each operation then passes through
+    Python, so that a small model takes twice the time. The blocks of `checkpointing`, a diffusion model, forget their
+    activations and compute them again in the backward pass: less memory, about one more forward pass.
 
     modules        loaded models: a `BaseModel`, a VAE's `first_stage_model`, a loss. Weights keep their storage.
     holders        objects whose attributes enter the forward pass: a guider with its conditionings, an inpainting
@@ -90,14 +98,25 @@ def differentiable(*modules: nn.Module, holders: Iterable[Any] = ()) -> Iterator
 
 
 @contextlib.contextmanager
-def _recording(mutation: bool, checkpointing: nn.Module | None) -> Iterator[None]:
+def _recording(lenient: bool, checkpointing: nn.Module | None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_recomputing(_blocks(checkpointing) if checkpointing is not None else ()))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(host.training_kernels())
-        if mutation:
+        if lenient:
             stack.enter_context(_mutation())
+            stack.enter_context(_Normal())
+        else:
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_Saved, _unwritten))
         yield
+
+
+def wants_lenience(error: RuntimeError) -> bool:
+    """Whether a recording failed of what a lenient one does."""
+    return any(sign in str(error) for sign in (_WRITTEN, _INFERENCE))
+
+
+_WRITTEN, _INFERENCE = "inplace operation", "Inference tensors cannot be saved"  # in torch's own messages
 
 
 @contextlib.contextmanager
@@ -116,12 +135,23 @@ def staying_out_of_inference_mode() -> Iterator[None]:
 
 
 class _Saved:
-    """A tensor that autograd keeps for the backward pass: the tensor itself, or its copy once that was written to."""
+    """A tensor that autograd keeps for the backward pass: the tensor itself, or its copy once that was written to.
 
-    __slots__ = ("__weakref__", "tensor")
+    Without its place in the graph: with it, a tensor that is written to in place holds the graph that holds it, and
+    where no backward pass comes to its end (it fails, or the run is cancelled) nothing would ever free either.
+    """
+
+    __slots__ = ("__weakref__", "tensor", "version")
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        self.tensor, self.version = tensor.detach(), tensor._version
+
+
+def _unwritten(saved: _Saved) -> Tensor:
+    """What was saved. Raises RuntimeError, as autograd does of what it keeps itself, if it was written to since."""
+    if saved.tensor._version != saved.version:
+        raise RuntimeError(_WRITTEN)
+    return saved.tensor
 
 
 @contextlib.contextmanager
@@ -154,6 +184,35 @@ def _mutation() -> Iterator[None]:
 
     with torch.autograd.graph.saved_tensors_hooks(save, lambda saved: saved.tensor), CopyBeforeWrite():
         yield
+
+
+class _Normal(TorchFunctionMode):
+    """Within the block, an inference tensor that enters an operation is a normal one over the same storage."""
+
+    active: ClassVar[list[_Normal]] = []  # for what runs again in the backward pass, where no mode is on
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aliases: dict[int, tuple[Tensor, Tensor]] = {}  # with the tensor, so that its id stays its own
+
+    def __enter__(self) -> _Normal:
+        self.active.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self.active.pop()
+        super().__exit__(*exception)
+
+    def alias(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_inference():
+            return tensor
+        if id(tensor) not in self.aliases:
+            self.aliases[id(tensor)] = tensor, _alias(tensor)
+        return self.aliases[id(tensor)][1]
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(Tensor, self.alias, (args, kwargs or {}))
+        return function(*args, **kwargs)
 
 
 def _storage(tensor: Tensor) -> int | None:
@@ -310,7 +369,8 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
             for i, tensor in zip(places, tensors, strict=True):
                 filled[i] = tensor
             args, kwargs = tree_unflatten(filled, shape)
-            return forward(*args, **kwargs)
+            with _Normal.active[-1] if _Normal.active else contextlib.nullcontext():
+                return forward(*args, **kwargs)
 
         return _Recomputed.apply(block, *tensors)
 

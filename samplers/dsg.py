@@ -106,9 +106,10 @@ class _Spherical(GuidedModel):
     """Turns the noise that follows a guided call towards the descent of the loss."""
 
     objective: Guidance
+    by_length = False
     # Of auto strength: the call that `tangent` [B] is of, and each sample's latest gradient that was one.
     before: Evaluation | None = None
-    tangent: Tensor
+    tangent: Tensor | None = None
     gradient: Tensor
 
     def drawn(self, noise: Tensor, sigma_next: Tensor) -> Tensor:
@@ -130,22 +131,26 @@ class _Spherical(GuidedModel):
         rate = min(1.0, self.objective.guidance_rate * at.weight)
         if not self.objective.auto_strength:
             return torch.full_like(at.loss, scale * rate / (1 - rate + scale * rate))
-        if self.before is None:
+        if self.tangent is None:
             least, most = TANGENTS
             self.tangent = torch.full_like(at.loss, min(most, max(least, scale * rate / max(1 - rate, least))))
-            self.before, self.gradient = at, at.gradient
-        elif self.before is not at and not repeats:  # some samplers draw twice after a call
-            self._follow(at, usable)
+        if not repeats:
+            self.tangent = self._followed(self.tangent, at, usable)
         return self.tangent / (1 + self.tangent)
 
-    def _follow(self, at: Evaluation, usable: Tensor) -> None:
+    def _followed(self, tangent: Tensor, at: Evaluation, usable: Tensor) -> Tensor:
         """Auto strength, where a step of the sampler's own led to `at`: that of a repetition goes elsewhere."""
+        before, self.before = self.before, at
+        if before is at:  # some samplers draw twice after a call
+            return tangent
+        if before is None:
+            self.gradient = at.gradient
+            return tangent
         cosine = functional.cosine_similarity(at.gradient.flatten(1), self.gradient.flatten(1), eps=0.0)
         # Not a number where a gradient is zero or not finite: that sample keeps its angle.
         change = GAIN * torch.nan_to_num(cosine - 1 + self.objective.auto_strength * at.weight)
-        self.tangent = (self.tangent * change.exp()).clamp(*TANGENTS)
-        self.before = at
         self.gradient = torch.where(per_sample(usable, at.gradient) > 0, at.gradient, self.gradient)
+        return (tangent * change.exp()).clamp(*TANGENTS)
 
     @functools.cached_property
     def _steps(self) -> float:

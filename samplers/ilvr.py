@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import host
 from ..losses.base import repeat
 from ..losses.measurement import low_pass
-from .kernel import lost_changes_message, mask_at, noise_of, with_function
+from .kernel import lost_changes_message, mask_at, noise_of, refuse_several_latents, with_function
 
 __all__ = ["ReferencedModel", "referenced"]
 
@@ -37,8 +37,8 @@ def referenced(
                sample i has reference i mod R
     factor     N, in latent pixels, ≥ 2
 
-    The noise of y_t depends on the seed of the run and on the step alone. With `end_percent` 1 the result itself is
-    refined too. What a noise mask keeps, it keeps.
+    The noise of y_t depends on the seed of the run and on the step alone. Where the schedule ends within the range,
+    as it does with `end_percent` 1, the result itself is refined too. What a noise mask keeps, it keeps.
 
     Raises ValueError for a sampler that takes no notice of a change of its state. One that is guided already hides it:
     running that raises ValueError.
@@ -56,11 +56,12 @@ def referenced(
         disable: bool | None = None,
         **options: Any,
     ) -> Tensor:
+        refuse_several_latents("ILVR Reference", model)
         extra_args = extra_args or {}
         seed = extra_args.get("seed") or 0
         model = ReferencedModel(model, x, sigmas, reference, factor, start_percent, end_percent, seed)
         x = function(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable, **options)
-        return model.refined(x, len(sigmas) - 1, **extra_args) if end_percent >= 1 else x
+        return model.refined(x, len(sigmas) - 1, **extra_args) if model.refines(model.schedule[-1]) else x
 
     return with_function(sampler, sample)
 
@@ -106,12 +107,15 @@ class ReferencedModel:
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         level = float(sigma.max())
-        if self.sigma_end <= level <= self.sigma_start:
+        if self.refines(level):
             entries = (i for i, s in enumerate(self.schedule) if i and math.isclose(s, level, rel_tol=1e-4))
             step = next(entries, None)
             if step is not None:
                 x.copy_(self.refined(x, step, **extra_args))
         return self.wrapped(x, sigma, **extra_args)
+
+    def refines(self, sigma: float) -> bool:
+        return self.sigma_end <= sigma <= self.sigma_start
 
     def refined(self, x: Tensor, step: int, **extra_args: Any) -> Tensor:
         """x with the low frequencies of the reference, noised to the level of that entry of the schedule."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .. import host
 from ..losses.base import Loss, Step
-from .autograd import Recording, differentiable, normal, one_by_one, staying_out_of_inference_mode
+from .autograd import Recording, differentiable, normal, one_by_one, staying_out_of_inference_mode, wants_lenience
 from .trace import Evaluation, GuidanceTrace
 
 __all__ = [
@@ -140,6 +140,7 @@ def steered(
             x = function(model, x, sigmas, extra_args=extra_args, **arguments)
             trace.finished = True
             return x
+        refuse_several_latents(objective.METHOD, model)
         extra_args = extra_args or {}
         seed = extra_args.get("seed")
         source = options.get("noise_sampler") or host.noise_source(function, x, sigmas, seed)
@@ -173,6 +174,15 @@ def steered(
         return x
 
     return with_function(sampler, sample)
+
+
+def refuse_several_latents(method: str, model: Any) -> None:
+    """Raises ValueError for the node of that title where newer hosts sample several latents as one."""
+    if len(getattr(host.base_model(model), "latent_shapes", None) or ()) > 1:
+        raise ValueError(
+            f"{method}: this model samples several latents as one (a video and its sound), and guidance knows one. "
+            "Take a model of images."
+        )
 
 
 def with_function(sampler: comfy.samplers.KSAMPLER, function: Callable[..., Tensor]) -> comfy.samplers.KSAMPLER:
@@ -293,6 +303,7 @@ class GuidedModel:
     """
 
     guides_last_step = False  # the one to sigma 0
+    by_length = True  # whether the length of the gradient counts, and not its direction alone
     rehearsal = host.Rehearsal({}, {})
     begins_step = False  # whether the current call is the first of its step
     decodes_apart = False
@@ -317,7 +328,7 @@ class GuidedModel:
         self.objective = objective
         self.trace = trace
         self.recording = recording
-        self.mutation = False  # whether in-place operations have to be made legal
+        self.lenient = False  # see `differentiable`
         self.checkpointing: bool = objective.checkpointing
         self.schedule: list[float] = sigmas.tolist()
         self.model = host.base_model(model)
@@ -400,7 +411,14 @@ class GuidedModel:
         while True:
             try:
                 return self._differentiate(x, sigma, step, **extra_args)
-            except torch.cuda.OutOfMemoryError:
+            except RuntimeError as error:
+                if not host.out_of_memory(error):
+                    if self.lenient or not wants_lenience(error):
+                        raise
+                    # Something in the workflow overwrites what autograd needs, as some model patches do, or brings
+                    # weights of its own. Slower, but works.
+                    self.lenient = True
+                    continue
                 saves = self.objective.gradient != "fast" or (self.objective.decode is not None and len(x) > 1)
                 if self.checkpointing or not saves:
                     raise
@@ -409,12 +427,6 @@ class GuidedModel:
                     "the node to save the detour.",
                     self.objective.METHOD,
                 )
-            except RuntimeError as error:
-                if self.mutation or "inplace operation" not in str(error):
-                    raise
-                # Something in the workflow overwrites what autograd needs, as some model patches do. Slower, but works.
-                self.mutation = True
-                continue
             # Out here the failed attempt's tensors are gone: the exception held them.
             self.checkpointing = True
             comfy.model_management.soft_empty_cache()
@@ -423,18 +435,31 @@ class GuidedModel:
         noisy = self.objective.loss.space == "noisy"
         fast = self.objective.gradient == "fast" or noisy
         recomputed = self.model.diffusion_model if self.checkpointing and not fast else None
-        with self.recording(self.mutation, recomputed), torch.set_grad_enabled(not fast):
+        with self.recording(self.lenient, recomputed), torch.set_grad_enabled(not fast):
             x = x.detach().clone().requires_grad_(not fast)
             denoised = self.wrapped(x, sigma, **extra_args)
             if not fast and not denoised.requires_grad:
                 raise RuntimeError(f"{self.objective.METHOD}: this model runs without gradients here. {FAST}")
             loss, gradient = self._noisy_loss(x, sigma, step) if noisy else self._loss(denoised.detach(), step)
             if not fast:
-                # In two steps, the second from a gradient of unit size: half precision would lose a weak loss.
-                size = gradient.flatten(1).square().mean(1).sqrt()
-                size = per_sample(torch.where(size > 0, size, 1), x)
-                gradient = torch.autograd.grad(denoised, x, gradient / size)[0] * size
+                size = _size(gradient)
+                gradient = self._backward(denoised, x, gradient / size) * size
+            elif self.by_length and not noisy:
+                # What dx̂₀/dx is for data of unit variance: what it is of a network, only its backward pass tells.
+                alpha, noise = levels(self.model.model_sampling, sigma.max())
+                alpha = max(alpha, 1e-3)  # 0 where flow models begin: a gradient of zero would count as none
+                gradient = gradient * (alpha / (alpha**2 + noise**2))
         return denoised.detach().clone(), loss, gradient
+
+    def _backward(self, denoised: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
+        try:
+            return torch.autograd.grad(denoised, x, gradient)[0]
+        except RuntimeError as error:
+            if host.out_of_memory(error) or wants_lenience(error):
+                raise
+            raise RuntimeError(
+                f"{self.objective.METHOD}: no gradient can be taken through this model ({error}). {FAST}"
+            ) from error
 
     def _noisy_loss(self, x: Tensor, sigma: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """The same of a loss on x itself."""
@@ -450,8 +475,13 @@ class GuidedModel:
             decode = self.objective.decode
             if decode is not None and (self.checkpointing or self.decodes_apart):
                 decode = one_by_one(decode)
-            seen = variable if decode is None else decode(self.model.process_latent_out(variable))
-            return _with_gradient(self.objective.loss(seen, step), variable)
+            if decode is None:
+                return _with_gradient(self.objective.loss(variable, step), variable)
+            decoded = decode(self.model.process_latent_out(variable))
+            images = decoded.detach().requires_grad_()
+            loss, gradient = _with_gradient(self.objective.loss(images, step), images)
+            size = _size(gradient)
+            return loss, torch.autograd.grad(decoded, variable, gradient / size)[0] * size
 
     def _free_coordinates(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor | None:
         """Where the denoise mask leaves the sampler a choice, `[B, …]` of bool; None where there is no mask."""
@@ -468,7 +498,7 @@ class GuidedModel:
 
         `guide(noise, sigma_next, at)` gives ε' of the guided DDPM step, and what is added to x_next.
         """
-        if times == 0 or self.repeated >= self.step or not self.begins_step:
+        if times == 0 or self.repeated >= self.step or not self.begins_step or self.weight(sigma) == 0:
             return
         self.repeated = self.step
         sigma_next = sigma.new_tensor(self.schedule[self.step + 1])
@@ -479,8 +509,6 @@ class GuidedModel:
         s, s_next = noise / alpha, noise_next / alpha_next
         for repetition in range(times):
             denoised, at = self.evaluated(x, sigma, **extra_args)
-            if at is None:
-                return
             forth, back = self._noise(x, repetition)
             forth, shift = guide(forth, sigma_next, at)
             share = (s_next / s) ** 2
@@ -526,7 +554,7 @@ class GuidedModel:
 
 
 class ShiftedModel(GuidedModel):
-    """Moves the state that a step led to, by what a method makes of the call with which it began."""
+    """Moves the state that a step led to, by what a method makes of the last call before the draw that ended it."""
 
     guides_last_step = True
     pending: Any = None  # `latest` of the step that the sampler's draw has ended
@@ -599,6 +627,17 @@ def _drop_graphs(owner: Any) -> None:
     for name, value in list(vars(owner).items()) if owner is not None else ():
         if isinstance(value, Tensor) and value.grad_fn is not None:
             setattr(owner, name, value.detach())
+
+
+def _size(gradient: Tensor) -> Tensor:
+    """About the size of a number in each sample of `[B, …]`, shaped to broadcast over it; 1 where there is none.
+
+    A backward pass begins at a gradient that is divided by it, as half precision would lose that of a weak loss. A
+    power of two: in float32 nothing changes, to the bit.
+    """
+    size = gradient.float().flatten(1).square().mean(1).sqrt()
+    size = torch.where((size > 0) & size.isfinite(), size, 1).log2().round().exp2()
+    return size.reshape(-1, *[1] * (gradient.ndim - 1)).to(gradient)
 
 
 def _with_gradient(loss: Tensor, variable: Tensor) -> tuple[Tensor, Tensor]:

@@ -133,7 +133,7 @@ class _Ascended(Evaluation):
 
 
 class _Moved(ShiftedModel):
-    """Moves the state that a step led to by Δ_t and Δ₀ of the call with which it began."""
+    """Moves the state that a step led to by Δ_t and Δ₀ of its call."""
 
     objective: Unified
     differentiations = 0
@@ -149,6 +149,9 @@ class _Moved(ShiftedModel):
         alpha, noise = levels(self.model.model_sampling, sigma)
         return alpha**2 / (alpha**2 + noise**2)
 
+    def _first(self, at: Evaluation) -> Tensor:
+        return at.sigma.new_tensor(self.schedule[at.step])
+
     def arrived(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> None:
         super().arrived(x, sigma, **extra_args)
         self.repeat(x, sigma, self.objective.n_recur - 1, self._guided, **extra_args)
@@ -158,7 +161,8 @@ class _Moved(ShiftedModel):
 
     def shift(self, at: _Ascended, sigma_next: Tensor) -> Tensor:
         sampling, sigma = self.model.model_sampling, at.sigma.max()
-        step = self._bar(sigma), self._bar(sigma_next), self.mean
+        # Where the step began: a second call of it may lie below where it ends (dpm_2_ancestral).
+        step = self._bar(self._first(at)), self._bar(sigma_next), self.mean
         outer = self.objective.rho * at.weight * self.corner.outer(*step)
         outer *= deviation(sampling, sigma) * deviation(sampling, sigma_next)
         inner = self.corner.share(*step) * levels(sampling, sigma_next)[0]
@@ -175,12 +179,12 @@ class _Moved(ShiftedModel):
     def _ascended(self, denoised: Tensor, at: Evaluation) -> Tensor:
         """Δ₀."""
         bar_next = self._bar(at.sigma.new_tensor(self.schedule[self.step + 1]))
-        mu = self.objective.mu * at.weight * self.corner.inner(self._bar(at.sigma.max()), bar_next, self.mean)
+        mu = self.objective.mu * at.weight * self.corner.inner(self._bar(self._first(at)), bar_next, self.mean)
         delta, good = torch.zeros_like(denoised), torch.ones(len(denoised), dtype=torch.bool, device=denoised.device)
         for i in range(self.objective.n_iter):
             if i:  # the first is that of the model call
                 comfy.model_management.throw_exception_if_processing_interrupted()
-                with self.recording(self.mutation):
+                with self.recording(self.lenient):
                     self._loss(denoised + delta, self._loss_step(at.sigma))
             gradient = self.slope if at.free is None else self.slope * at.free
             good &= gradient.flatten(1).isfinite().all(1)

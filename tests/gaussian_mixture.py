@@ -110,13 +110,15 @@ def sample(
     latent: Tensor | None = None,
     callback: Callable[..., None] | None = None,
     noise: Tensor | None = None,
+    sigmas: Tensor | None = None,
 ) -> Tensor:
     """One run, as SamplerCustomAdvanced makes it: in inference mode, seeded, `[batch, 4, 2, 2]`."""
     with torch.inference_mode():
         guide = guider(model)
         guide.set_conds(copy.deepcopy(conditioning(0.3)), copy.deepcopy(conditioning(-0.2)))
         guide.set_cfg(cfg)
-        sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, scheduler, steps)
+        if sigmas is None:
+            sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, scheduler, steps)
         latent = torch.zeros(batch, *SHAPE) if latent is None else latent
         if noise is None:
             noise = torch.randn(latent.shape, generator=torch.manual_seed(seed))

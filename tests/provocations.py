@@ -1127,6 +1127,8 @@ ELSEWHERE = {
         "test_autograd.py",
         {
             "…: ComfyUI spreads this model": "test_a_model_that_is_spread_over_gpus_is_refused",
+            "…: no gradient can be taken through this model": "test_a_layer_without_a_backward_pass_is_named",
+            "…: this model samples several latents as one": "test_several_latents_as_one_are_refused",
             "The model has weights of type": "test_weights_that_hide_what_they_are_made_of_are_refused_with_a_way_out",
         },
     ),

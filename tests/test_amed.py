@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_management
@@ -43,7 +44,7 @@ from sphereguide.samplers.amed.students import (
     DPMSolverPP,
     Student,
 )
-from sphereguide.samplers.amed.training import History, Plan, Progress, settings_for, train
+from sphereguide.samplers.amed.training import History, Plan, Progress, _Training, settings_for, train
 from sphereguide.samplers.epsilon import EpsilonScaling, linear, uniform, with_post_cfg
 from sphereguide.samplers.ilvr import referenced
 from sphereguide.samplers.kernel import noise_of
@@ -1002,6 +1003,14 @@ def test_a_model_without_gradients_is_not_trained_on(model: Any) -> None:
             trained(model, settings(model, steps=2))
     finally:
         del model.model.apply_model
+
+
+def test_a_model_in_half_precision_gets_a_gradient_that_it_can_hold() -> None:
+    """The mean over the numbers of large latents begins at 1e-6 and less, below what float16 multiplies."""
+    network = torch.nn.Linear(1, 1, bias=False)
+    training = SimpleNamespace(network=network, optimizer=torch.optim.SGD(network.parameters()), _step=lambda *_: None)
+    _Training._descend(training, network.weight.half().float().sum() * 1e-9, 1.0, 2.0**26)
+    torch.testing.assert_close(network.weight.grad, torch.full((1, 1), 1e-9), rtol=1e-3, atol=0)
 
 
 def test_timesteps_have_a_slope_and_keep_their_value() -> None:

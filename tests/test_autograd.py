@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from types import SimpleNamespace
 
 import comfy.model_management
+import comfy.ops
 import comfy.samplers
 import pytest
 import tiny_models
@@ -16,9 +19,9 @@ from sphereguide.losses.base import Loss
 from sphereguide.losses.measurement import SuperResolution
 from sphereguide.models.decoder import Decoder
 from sphereguide.samplers import kernel
-from sphereguide.samplers.autograd import differentiable, normal
-from sphereguide.samplers.dsg import Guidance, guided
-from sphereguide.samplers.kernel import GRADIENTS
+from sphereguide.samplers.autograd import differentiable, normal, wants_lenience
+from sphereguide.samplers.dsg import Guidance, _Spherical, guided
+from sphereguide.samplers.kernel import GRADIENTS, steered
 from sphereguide.samplers.trace import GuidanceTrace
 
 
@@ -32,8 +35,8 @@ def weights(module):
     return {name: (id(tensor), tensor.data_ptr(), tensor.is_inference()) for name, tensor in slots}
 
 
-def run(patcher, guidance, *, cfg=3.0, batch=2, size=8, steps=3, callback=None, control=None):
-    sampler = comfy.samplers.ksampler("euler_ancestral")
+def run(patcher, guidance, *, cfg=3.0, batch=2, size=8, steps=3, callback=None, control=None, sampler=None):
+    sampler = sampler or comfy.samplers.ksampler("euler_ancestral")
     trace = GuidanceTrace()
     with torch.inference_mode():
         guider = comfy.samplers.CFGGuider(patcher)
@@ -236,7 +239,7 @@ def test_layers_that_lie_elsewhere_are_streamed():
     assert host.streamed_layers(torch.nn.Sequential(here, elsewhere)) == [elsewhere]
 
 
-@pytest.mark.parametrize("kernel", ["sage", "flash"])
+@pytest.mark.parametrize("kernel", ["sage", "flash", "comfy_kitchen"])
 def test_attention_without_a_backward_pass_gives_way_to_pytorchs(monkeypatch, kernel):
     plain = {"transformer_options": {"of": "another"}}
     assert host.with_differentiable_attention(plain) is plain
@@ -247,8 +250,57 @@ def test_attention_without_a_backward_pass_gives_way_to_pytorchs(monkeypatch, ke
     out = options["optimized_attention_override"](None, q, k, v, 2)
     assert options["of"] == "another" and torch.autograd.grad(out.sum(), q)[0].abs().max() > 0
     torch.testing.assert_close(out, attention_pytorch(q, k, v, 2))
-    theirs = {"transformer_options": {"optimized_attention_override": lambda *_: None}}
-    assert host.with_differentiable_attention(theirs) is theirs
+
+
+def test_a_models_own_attention_serves_where_it_records():
+    """Kernels that drop the graph say nothing, and what goes around them still has one."""
+    asked = []
+
+    def theirs(kernel, q, k, v, heads, **kwargs):
+        asked.append(kernel)
+        with torch.set_grad_enabled(len(asked) == 2 and torch.is_grad_enabled()):
+            return 2 * attention_pytorch(q, k, v, heads)
+
+    options = {"transformer_options": {"optimized_attention_override": theirs}}
+    override = host.with_differentiable_attention(options)["transformer_options"]["optimized_attention_override"]
+    assert options["transformer_options"]["optimized_attention_override"] is theirs
+    q, k, v = torch.randn(3, 1, 5, 8)
+    exact, ours = attention_pytorch(q, k, v, 2), object()
+    torch.testing.assert_close(override(ours, q, k, v, 2), 2 * exact)
+    q.requires_grad_()
+    torch.testing.assert_close(override(ours, q, k, v, 2), 2 * exact)
+    dropped = override(ours, q, k, v, 2)
+    torch.testing.assert_close(dropped, exact)
+    assert dropped.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(override(ours, q, k, v, 2), 2 * exact)
+    assert asked == [ours, attention_pytorch, attention_pytorch, ours]
+
+
+def test_layers_whose_weights_are_cast_for_each_call_are_streamed():
+    """Autograd would keep a copy of each in the larger type."""
+    with torch.inference_mode():
+        layers = [
+            comfy.ops.manual_cast.Linear(8, 8, bias=False, dtype=dtype)
+            for dtype in (torch.bfloat16, torch.float8_e4m3fn)
+        ]
+        for layer in layers:
+            layer.weight.data = torch.randn(8, 8).mul(0.1).to(layer.weight.dtype)
+    network = torch.nn.Sequential(*layers)
+    assert host.streamed_layers(network) == []
+    network.manual_cast_dtype = torch.bfloat16  # as a BaseModel has it
+    assert host.streamed_layers(network) == [layers[1]]
+    own, kept, x = {layer.weight.data_ptr() for layer in layers}, [], torch.randn(2, 8).bfloat16().requires_grad_()
+
+    def pack(tensor):
+        kept.append(tensor.shape == (8, 8) and tensor.data_ptr() not in own)
+        return tensor
+
+    with differentiable(network) as recording, recording(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        gradient = torch.autograd.grad(network(x).sum(), x)[0]
+    assert kept[: len(kept)] and not any(kept[:2])
+    exact = (layers[1].weight.float().sum(0) @ layers[0].weight.float()).expand(2, 8)
+    torch.testing.assert_close(gradient.float(), exact.detach(), rtol=0.02, atol=0.01)
 
 
 def test_recomputing_spares_another_packs_forward():
@@ -353,7 +405,7 @@ def test_the_gradient_through_the_unet_is_that_of_finite_differences():
 def test_what_is_overwritten_and_freed_lends_its_address_to_no_other(size):
     """torch's own `allow_mutation_on_saved_tensors` fails here now and then."""
     x, factors = torch.linspace(-1, 1, size).requires_grad_(), range(1, 100)
-    with differentiable() as recording, recording(mutation=True):
+    with differentiable() as recording, recording(lenient=True):
         total = torch.zeros(())
         for factor in factors:
             kept = x * factor
@@ -378,7 +430,7 @@ def test_what_is_overwritten_and_freed_lends_its_address_to_no_other(size):
 )
 def test_what_autograd_keeps_is_copied_whichever_view_of_it_is_written_to(write):
     x = torch.linspace(-1, 1, 8).requires_grad_()
-    with differentiable() as recording, recording(mutation=True):
+    with differentiable() as recording, recording(lenient=True):
         whole = x.flip(0)
         part = whole[1:7]
         outcome = (part.sin() * part.cos()).sum()
@@ -395,7 +447,7 @@ def test_a_tensor_and_its_conjugate_are_two():
     x = torch.linspace(-1, 1, 8).requires_grad_()
     gradients = []
     for write in (False, True):
-        with differentiable() as recording, recording(mutation=True):
+        with differentiable() as recording, recording(lenient=True):
             whole = torch.complex(x, x.flip(0))
             outcome = (whole * whole.conj() * 1j + whole.conj() ** 2).abs().sum()
             if write:
@@ -407,9 +459,140 @@ def test_a_tensor_and_its_conjugate_are_two():
 def test_what_lies_in_no_memory_of_its_own_passes():
     x = torch.linspace(-1, 1, 8).reshape(2, 4).requires_grad_()
     sparse = torch.eye(2).to_sparse()
-    with differentiable() as recording, recording(mutation=True):
+    with differentiable() as recording, recording(lenient=True):
         gradient = torch.autograd.grad(torch.sparse.mm(sparse, x).sum(), x)[0]
     assert torch.equal(gradient, torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("lenient", [False, True])
+def test_a_recording_that_ends_in_an_error_leaves_nothing(lenient):
+    """An in-place operation on what autograd keeps a view of closes a circle that no one but a backward pass opens."""
+    x, alive = torch.linspace(-1, 1, 8).requires_grad_(), []
+
+    def failing():
+        whole = x * 2
+        outcome = whole[1:].sin().sum()
+        whole.add_(1)
+        alive.append(weakref.ref(whole))
+        if not lenient:
+            torch.autograd.grad(outcome, x)
+        raise RuntimeError("cancelled")
+
+    with differentiable() as recording, recording(lenient):
+        with pytest.raises(RuntimeError) as failed:
+            failing()
+        assert ("inplace operation" in str(failed.value)) is not lenient and wants_lenience(failed.value) is not lenient
+        del failed
+    gc.collect()
+    assert alive[0]() is None
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_weights_that_no_module_shows_are_differentiated_through(checkpointing):
+    """As those of adapters that live in a closure."""
+    with torch.inference_mode():
+        kernel = torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(1)) * 0.1
+
+    def patched(weight):
+        patcher = tiny_models.sd15()
+        block = patcher.model.diffusion_model.input_blocks[0][0]
+        inner = block.forward
+
+        def forward(x, *args, **kwargs):
+            bent = torch.nn.functional.conv2d(torch.tanh(x), weight, padding=1)
+            return inner(x + bent, *args, **kwargs)
+
+        block.forward = forward
+        return patcher
+
+    guidance = image_guidance(checkpointing=checkpointing)
+    latent, trace = run(patched(kernel), guidance)
+    expected, _ = run(patched(kernel.clone()), guidance)
+    assert len(trace.steps) == 2 and not any(any(step.skipped) for step in trace.steps)
+    assert kernel.is_inference()
+    torch.testing.assert_close(latent, expected)
+
+
+def test_what_a_guider_may_run_is_found_where_hosts_keep_it():
+    modules = [torch.nn.Linear(1, 1) for _ in range(4)]
+    guider = SimpleNamespace(
+        inner_model=modules[0],
+        conds={"positive": [{"control": SimpleNamespace(vae=SimpleNamespace(first_stage_model=modules[1]))}]},
+        loaded_models=[SimpleNamespace(model=modules[2]), object()],
+        model_patcher=SimpleNamespace(model_patches_models=lambda: [SimpleNamespace(model=modules[3])]),
+    )
+    assert set(host.networks(guider)) == set(modules)
+    guider.model_patcher = SimpleNamespace()  # an older host's
+    assert set(host.networks(guider)) == set(modules[:3])
+
+
+def test_a_layer_without_a_backward_pass_is_named(patcher):
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError("ConvRot W4A4 GEMM expects RHS W.T")
+
+    block = patcher.model.diffusion_model.middle_block[0]
+    handle = block.register_forward_hook(lambda module, inputs, output: Forward.apply(output))
+    try:
+        message = r"no gradient can be taken through this model \(ConvRot W4A4.*'fast'"
+        with pytest.raises(RuntimeError, match=message):
+            run(patcher, image_guidance())
+        run(patcher, image_guidance(gradient="fast"))
+    finally:
+        handle.remove()
+    _, trace = run(patcher, image_guidance())
+    assert not any(any(step.skipped) for step in trace.steps)
+
+
+def test_what_the_host_counts_as_out_of_memory_is(monkeypatch):
+    assert host.out_of_memory(torch.cuda.OutOfMemoryError("no"))
+    assert not host.out_of_memory(RuntimeError("other"))
+    monkeypatch.setattr(comfy.model_management, "is_oom", lambda error: "other" in str(error), raising=False)
+    assert host.out_of_memory(RuntimeError("other"))
+
+
+def test_several_latents_as_one_are_refused():
+    packed = SimpleNamespace(conds={}, inner_model=torch.nn.Identity())
+    kernel.refuse_several_latents("DSG Guidance", packed)
+    packed.inner_model.latent_shapes = [(1, 4, 8, 8)]
+    kernel.refuse_several_latents("DSG Guidance", packed)
+    packed.inner_model.latent_shapes *= 2
+    with pytest.raises(ValueError, match="DSG Guidance: this model samples several latents as one"):
+        kernel.refuse_several_latents("DSG Guidance", packed)
+
+
+def test_a_weak_loss_passes_through_a_decoder_in_half_precision(patcher):
+    """Of 1e-7 a pixel, which float16 has no number for that a decoder could multiply."""
+
+    class Weak(Loss):
+        def forward(self, images, step=None):
+            return 1e-7 * images.square().flatten(1).sum(1)
+
+    gradients = []
+    for dtype in (torch.float32, torch.float16):
+        vae = tiny_models.TinyVAE()
+        with torch.inference_mode():
+            vae.first_stage_model.to(dtype)
+        vae.vae_dtype = dtype
+        seen = []
+
+        class Spy(_Spherical):
+            def drawn(self, noise, sigma_next, seen=seen):
+                seen.append(self.latest.gradient.clone())
+                return super().drawn(noise, sigma_next)
+
+        guidance = Guidance(Weak(), Decoder(vae), guidance_rate=0.3)
+        sampler = steered(comfy.samplers.ksampler("euler_ancestral"), guidance, GuidanceTrace(), Spy)
+        run(patcher, None, sampler=sampler)
+        gradients.append(seen[0])
+    exact, half = gradients
+    assert torch.nn.functional.cosine_similarity(exact.flatten(), half.flatten(), dim=0) > 0.999
+    torch.testing.assert_close(half.norm(), exact.norm(), rtol=0.02, atol=0)
 
 
 def test_a_patch_that_overwrites_what_autograd_keeps_does_not_break_guidance():

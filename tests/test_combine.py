@@ -208,6 +208,18 @@ def test_a_constant_schedule_multiplies_the_strength_of_every_method(method):
     assert not torch.equal(halved, at(Distance(), 0.4))
 
 
+def test_among_several_a_weight_above_one_says_how_much_of_the_direction():
+    """And not how far to go: that would be the guidance rate."""
+    a, b = Linear(torch.ones(1, 3, 8, 8)), Linear(torch.arange(192.0).reshape(1, 3, 8, 8))
+    step = Step(progress=0.5)
+    tripled = Combined([a, Scheduled(b, "constant", 0.0, 1.0, weight=3.0)], [1.0, 1.0])
+    assert tripled.weight(step) == 1.0
+    assert Combined([Scheduled(b, "constant", 0.0, 1.0, weight=3.0)], [1.0]).weight(step) == 3.0
+    x = torch.rand(1, 3, 8, 8)
+    for got, expected in zip(gradient(tripled, x, step), gradient(Combined([a, b], [1.0, 3.0]), x), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_steps_of_weight_zero_are_not_guided():
     whole, late = sample(Distance(), 0.2)[1], sample(Scheduled(Distance(), "window", 0.3, 0.7), 0.2)[1]
     inside = [step.step for step in late.steps]

@@ -270,11 +270,11 @@ def test_out_of_memory_in_the_gradient_is_tried_again_with_checkpointing(monkeyp
     """Once a run, in the first gradient; the run that follows it does without again."""
     model, asked = tiny_models.sd15(), []
 
-    def recording(mutation=False, checkpointing=None):
+    def recording(lenient=False, checkpointing=None):
         asked.append(checkpointing is not None)
         if checkpointing is None:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return autograd._recording(mutation, checkpointing)
+        return autograd._recording(lenient, checkpointing)
 
     @contextlib.contextmanager
     def differentiable_with_little_memory(*modules, holders=()):

@@ -131,6 +131,23 @@ def test_the_model_is_asked_about_states_with_the_low_frequencies_of_the_noised_
     assert steps == {i for i, s in enumerate(sigmas[:-1]) if i and s <= begun} and len(steps) >= 5
 
 
+@pytest.mark.parametrize(("start", "end", "inside"), [(0.7, 1.0, False), (0.0, 0.8, True), (0.0, 1.0, True)])
+def test_a_part_of_a_schedule_ends_refined_where_its_end_is_in_the_range(model, reference, start, end, inside):
+    """The upper one of SplitSigmas."""
+    sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, "normal", 10)[:7]
+    assert 0.7 < sigmas[-1] < 4
+    found = []
+    for chosen in (comfy.samplers.ksampler("euler"), sampler("euler", reference, start, end)):
+        found.append(gaussian_mixture.sample(chosen, model, sigmas=sigmas, seed=3))
+    plain, refined = found
+    if not inside:
+        assert torch.equal(refined, plain)
+        return
+    noise = noise_of((1, *gaussian_mixture.SHAPE), 3, 6, 0, 1)
+    noised = reference + sigmas[-1] * noise
+    torch.testing.assert_close(low_pass(refined, 2), low_pass(noised, 2), rtol=1e-4, atol=1e-4)
+
+
 def test_a_range_without_a_step_and_the_last_step_out_of_it(model, reference):
     plain = gaussian_mixture.sample(comfy.samplers.ksampler("euler"), model)
     assert torch.equal(gaussian_mixture.sample(sampler("euler", reference, 0.0, 1e-4), model), plain)

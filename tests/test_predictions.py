@@ -33,7 +33,10 @@ METHODS: dict[str, tuple[Callable[..., Any], type, dict[str, Any]]] = {
     "DSG, auto_strength": (guided, Guidance, {"auto_strength": 1.0}),
     "DSG, fast": (guided, Guidance, {"guidance_rate": 0.3, "gradient": "fast"}),
     "DPS": (posterior_guided, Posterior, {"step_size": 0.3}),
+    "DPS, fast": (posterior_guided, Posterior, {"step_size": 0.3, "gradient": "fast"}),
     "DiffRGD": (riemannian_guided, Riemannian, {"step_size": 0.5}),
+    "DiffRGD, fast": (riemannian_guided, Riemannian, {"step_size": 0.5, "gradient": "fast"}),
+    "TFG, fast": (unified_guided, Unified, {"rho": 0.3, "mu": 0.2, "n_iter": 2, "gradient": "fast"}),
     **{
         f"TFG, {preset}": (
             unified_guided,

@@ -125,6 +125,26 @@ def test_a_rehearsal_tells_which_call_begins_a_step(model, name):
     assert [asked[i * CALLS[name]] for i in range(5)] == pytest.approx(sigmas[:5])
 
 
+def test_steps_that_are_not_guided_ask_the_model_once(model):
+    apply_model = model.model.apply_model
+    for settings, most in (({"interval": 5}, 20 + 4), ({"end_percent": 0.5}, 20 + 10)):
+        asked = []
+        model.model.apply_model = lambda *args, asked=asked, **kwargs: asked.append(1) or apply_model(*args, **kwargs)
+        try:
+            _, trace = run(model, settings={"guidance_rate": 0.3, "recurrence": 1, **settings}, steps=20)
+        finally:
+            del model.model.apply_model
+        assert len(asked) == 20 + len(trace.steps) // 2 <= most
+
+
+def test_auto_strength_begins_at_guidance_rate_in_the_step_and_its_repetitions(model):
+    settings = {"guidance_rate": 0.3, "rate_steps": 0, "auto_strength": 1.0, "recurrence": 2}
+    _, trace = run(model, settings=settings, steps=10)
+    rates = [step.rate[0] for step in trace.steps]
+    assert rates[:3] == pytest.approx([0.3] * 3)
+    assert len({*rates}) > 3
+
+
 def test_many_steps_of_strong_guidance_gain_by_it(model):
     schedule = {"batch": 256, "steps": 40, "scheduler": "exponential"}
     once, again = (run(model, settings={"guidance_rate": 0.3, "recurrence": r}, **schedule)[0] for r in (0, 3))

@@ -129,6 +129,16 @@ def test_it_is_the_papers_algorithm(world, sigma_bar, samples, rho, mu, n_recur)
     agree(paper.ours(**settings), paper.sampled(step, n_recur))
 
 
+@pytest.mark.parametrize("name", ["dpm_2_ancestral", "dpmpp_2s_ancestral"])
+def test_ugd_guides_samplers_that_ask_below_where_the_step_ends(model, name):
+    settings, schedule = {"preset": "UGD", "rho": 0.3, "mu": 0.2}, {"batch": 16, "steps": 20}
+    taken = []
+    for one in ("euler_ancestral", name):
+        latent, _ = run(model, one, settings=settings, **schedule)
+        taken.append(Distance()(unguided(model, one, **schedule)).mean() - Distance()(latent).mean())
+    assert taken[1] > 0.7 * taken[0] > 0.1
+
+
 def test_dps_is_its_corner(world):
     """Algorithm 1 of arXiv 2209.14687."""
     paper = Paper(world)

@@ -35,6 +35,7 @@ from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_flatten
 
 from ... import host
+from ..autograd import wants_lenience
 from ..kernel import noise_of, per_sample, prepared
 from .bottleneck import watched
 from .predictor import DELETE, AMEDPredictor, AMEDSettings, fingerprint, load, read, write
@@ -239,7 +240,7 @@ class _Training:
         self.sigmas = base_sigmas(AMEDPredictor.untrained(settings))
         self.history, self.iteration = History(), 0
         self.endpoint = plan.objective == "endpoint"
-        self.mutation = False
+        self.lenient = False
         self.seconds = 0.0
         self.teacher_cache: dict[tuple[int, int], list[Tensor]] = {}
         with torch.inference_mode(False):
@@ -299,9 +300,9 @@ class _Training:
         try:
             losses, latents = self._run(0, batch, self._learn)
         except RuntimeError as error:
-            if self.mutation or "inplace operation" not in str(error):
+            if self.lenient or not wants_lenience(error):
                 raise
-            self.mutation = True  # something in the workflow overwrites what autograd needs: slower, but works
+            self.lenient = True  # as guidance does: slower, but works
             self._restore(self.reached)
             losses, latents = self._run(0, batch, self._learn)
         return [self._mean(loss) for loss in losses], latents
@@ -353,7 +354,7 @@ class _Training:
             _smooth_timesteps(base_model.model_sampling),
         ):
             ask = functools.partial(model, **{**extra_args, "model_options": options})
-            scope = functools.partial(recording, self.mutation, checkpointed)
+            scope = functools.partial(recording, self.lenient, checkpointed)
             # The graph of a whole trajectory, or of one interval after the other.
             whole, one = (scope, contextlib.nullcontext) if self.endpoint else (contextlib.nullcontext, scope)
             with whole():
@@ -369,7 +370,7 @@ class _Training:
                             x = x - per_sample(t_next, x) * d_mid
                         loss = _distances(x, target).mean()
                         if not self.endpoint or step.last:
-                            self._descend(loss, step.t)
+                            self._descend(loss, step.t, 2.0 ** round(math.log2(x.numel())))
                     losses.append(float(loss.detach()))
                     drawn = x.detach()
                     if not self.endpoint:
@@ -377,11 +378,13 @@ class _Training:
                         x = drawn if settings.student in ("ipndm", "dpmpp", *PARALLEL) else target
         return losses, drawn
 
-    def _descend(self, loss: Tensor, sigma: float) -> None:
+    def _descend(self, loss: Tensor, sigma: float, scale: float) -> None:
         if not loss.requires_grad:
             raise RuntimeError(f"{TITLE}: this model runs without gradients here. {REMEDY}")
         self.optimizer.zero_grad()
-        loss.backward()
+        (loss * scale).backward()  # or half precision would lose it: a mean over so many numbers begins that small
+        for parameter in self.network.parameters():
+            parameter.grad /= scale
         self._step(float(loss.detach()), sigma)
 
     def _step(self, loss: float, sigma: float) -> None:
