@@ -113,10 +113,10 @@ def _recording(lenient: bool, checkpointing: nn.Module | None) -> Iterator[None]
 
 def wants_lenience(error: RuntimeError) -> bool:
     """Whether a recording failed of what a lenient one does."""
-    return any(sign in str(error) for sign in (_WRITTEN, _INFERENCE))
+    return any(sign in str(error).lower() for sign in (_WRITTEN, _INFERENCE))
 
 
-_WRITTEN, _INFERENCE = "inplace operation", "Inference tensors cannot be saved"  # in torch's own messages
+_WRITTEN, _INFERENCE = "inplace operation", "inference tensor"  # in torch's own messages
 
 
 @contextlib.contextmanager

@@ -514,6 +514,20 @@ def test_weights_that_no_module_shows_are_differentiated_through(checkpointing):
     torch.testing.assert_close(latent, expected)
 
 
+@pytest.mark.parametrize("use", [lambda x, kept: x * kept, lambda x, kept: x * kept.add_(0)], ids=["kept", "written"])
+def test_inference_tensors_are_legal_where_lenience_is_asked_for(use):
+    with torch.inference_mode():
+        kept = torch.arange(8.0)
+    x = torch.ones(8, requires_grad=True)
+    with differentiable() as recording:
+        with recording(), pytest.raises(RuntimeError) as refused:
+            use(x, kept)
+        assert wants_lenience(refused.value)
+        with recording(lenient=True):
+            gradient = torch.autograd.grad(use(x, kept).sum(), x)[0]
+    assert torch.equal(gradient, torch.arange(8.0)) and kept.is_inference()
+
+
 def test_what_a_guider_may_run_is_found_where_hosts_keep_it():
     modules = [torch.nn.Linear(1, 1) for _ in range(4)]
     guider = SimpleNamespace(
