@@ -582,11 +582,11 @@ def test_several_latents_as_one_are_refused():
 
 
 def test_a_weak_loss_passes_through_a_decoder_in_half_precision(patcher):
-    """Of 1e-7 a pixel, which float16 has no number for that a decoder could multiply."""
+    """Of 1e-8 a pixel, which float16 has no number for that a decoder could multiply."""
 
     class Weak(Loss):
         def forward(self, images, step=None):
-            return 1e-7 * images.square().flatten(1).sum(1)
+            return 1e-8 * images.square().flatten(1).sum(1)
 
     gradients = []
     for dtype in (torch.float32, torch.float16):
@@ -606,7 +606,7 @@ def test_a_weak_loss_passes_through_a_decoder_in_half_precision(patcher):
         run(patcher, None, sampler=sampler)
         gradients.append(seen[0])
     exact, half = gradients
-    assert torch.nn.functional.cosine_similarity(exact.flatten(), half.flatten(), dim=0) > 0.999
+    assert torch.nn.functional.cosine_similarity(exact.flatten(), half.flatten(), dim=0) > 0.99
     torch.testing.assert_close(half.norm(), exact.norm(), rtol=0.02, atol=0)
 
 
