@@ -236,7 +236,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 axes.annotate(f"{row['strength']:g}", (row["frechet"], row["success"]), fontsize=6, color=f"C{color}")
         axes.set(title=f"{task}: {SUCCESS[task]}", xlabel="Fréchet distance")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        if task == names[0]:
+            axes.legend(fontsize=7, loc="lower right")
     save(figure, path)
 
 
