@@ -105,6 +105,8 @@ def inverse(result: dict[str, Any]) -> Iterator[str]:
         return f"{row['strength']:.3g}", psnr, f"{row['ssim']:.3f}", f"{row['frechet']:.3f}"
 
     measured = [row for row in result["rows"] if "psnr_interval" in row]
+    tasks = list(dict.fromkeys(row["task"] for row in measured))
+    measured.sort(key=lambda row: (tasks.index(row["task"]), -row["nfe"]))  # what a later run has added
     dsg = {
         (row["task"], row["nfe"], row["n"], row["settings"]): np.array(row["each"])
         for row in measured
