@@ -473,10 +473,10 @@ class GuidedModel:
         with torch.enable_grad():
             variable = denoised.detach().clone().requires_grad_()
             decode = self.objective.decode
-            if decode is not None and (self.checkpointing or self.decodes_apart):
-                decode = one_by_one(decode)
             if decode is None:
                 return _with_gradient(self.objective.loss(variable, step), variable)
+            if self.checkpointing or self.decodes_apart:
+                decode = one_by_one(decode)
             decoded = decode(self.model.process_latent_out(variable))
             images = decoded.detach().requires_grad_()
             loss, gradient = _with_gradient(self.objective.loss(images, step), images)
@@ -636,8 +636,7 @@ def _size(gradient: Tensor) -> Tensor:
     power of two: in float32 nothing changes, to the bit.
     """
     size = gradient.float().flatten(1).square().mean(1).sqrt()
-    size = torch.where((size > 0) & size.isfinite(), size, 1).log2().round().exp2()
-    return size.reshape(-1, *[1] * (gradient.ndim - 1)).to(gradient)
+    return per_sample(torch.where((size > 0) & size.isfinite(), size, 1).log2().round().exp2(), gradient)
 
 
 def _with_gradient(loss: Tensor, variable: Tensor) -> tuple[Tensor, Tensor]:
