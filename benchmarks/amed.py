@@ -18,6 +18,7 @@ Predictors for iPNDM are those that ship; the others are trained here, in the sa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -27,6 +28,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "demo"), str(ROOT / "benchmarks")]
@@ -45,6 +47,7 @@ from sphereguide import host  # noqa: E402
 from sphereguide.demo import judge as judging  # noqa: E402
 from sphereguide.demo import portraits, toy_portraits, train_amed  # noqa: E402
 from sphereguide.samplers.amed import predictor as files  # noqa: E402
+from sphereguide.samplers.amed.bottleneck import Bottleneck  # noqa: E402
 from sphereguide.samplers.amed.sampling import amed_sampler, base_sigmas  # noqa: E402
 from sphereguide.samplers.amed.schedules import time_points  # noqa: E402
 from sphereguide.samplers.amed.students import STUDENTS, AdamsBashforth, direction  # noqa: E402
@@ -292,47 +295,54 @@ def rms(values: np.ndarray) -> float:
     return float(np.sqrt(np.mean(values**2)))
 
 
-def overhead(predictor: Any) -> float:
-    """Time outside of the model's calls over that in them, for one picture, less what it is with Euler's method.
+def overhead(predictor: Any) -> dict[str, float]:
+    """Shares of the time of a model's calls, for one picture: what the predictor and its look at the bottleneck take,
+    and all that the run takes outside of the calls beyond what euler does.
 
-    The median of pairs: from run to run the calls differ more in time than a predictor takes.
+    Medians: from run to run the calls differ more in time than a predictor takes.
     """
-    spent: list[float] = []
+    spent: dict[str, float] = {}
 
-    def called(apply_model: Any, parameters: dict[str, Any]) -> Tensor:
-        started = time.perf_counter()
-        output = apply_model(parameters["input"], parameters["timestep"], **parameters["c"])
-        spent.append(time.perf_counter() - started)
-        return output
+    def counted(name: str, function: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            started = time.perf_counter()
+            output = function(*args, **options)
+            spent[name] += time.perf_counter() - started
+            return output
+
+        return call
+
+    def wrapper(apply_model: Any, parameters: dict[str, Any]) -> Tensor:
+        return counted("model", apply_model)(parameters["input"], parameters["timestep"], **parameters["c"])
 
     model, captions, empty = loaded()
     model = model.clone()
-    model.set_model_unet_function_wrapper(called)
+    model.set_model_unet_function_wrapper(wrapper)
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds([captions[0]], empty)
     guider.set_cfg(1.0)
     latent = torch.zeros(1, *SHAPE)
 
-    def outside(sampler: comfy.samplers.KSAMPLER, sigmas: Tensor, seed: int) -> float:
-        taken = 0.0
+    def shares(sampler: comfy.samplers.KSAMPLER, sigmas: Tensor, seed: int) -> tuple[float, float]:
+        spent.update(model=0.0, predictor=0.0, run=0.0)
 
         def timed(model: Any, x: Tensor, sigmas: Tensor, callback: Any = None, **options: Any) -> Tensor:
-            nonlocal taken
-            spent.clear()
-            started = time.perf_counter()
-            x = sampler.sampler_function(model, x, sigmas, **options)
-            taken = time.perf_counter() - started - sum(spent)
-            return x
+            return counted("run", sampler.sampler_function)(model, x, sigmas, **options)
 
         run = comfy.samplers.KSAMPLER(timed, {}, {})
         guider.sample(latent + 1, latent, run, sigmas, disable_pbar=True, seed=seed)
-        return taken / sum(spent)
+        return spent["predictor"] / spent["model"], (spent["run"] - spent["model"]) / spent["model"]
 
     learned = amed_sampler(predictor), base_sigmas(predictor)
     sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, "normal", predictor.settings.nfe)
     euler = comfy.samplers.sampler_object("euler"), sigmas
-    with torch.inference_mode():
-        return float(np.median([outside(*learned, seed) - outside(*euler, seed) for seed in range(60)]))
+    own = [(files.AMEDPredictor, "__call__"), *((Bottleneck, name) for name in ("note", "sort", "features"))]
+    with torch.inference_mode(), contextlib.ExitStack() as stack:
+        for of, name in own:
+            stack.enter_context(mock.patch.object(of, name, counted("predictor", getattr(of, name))))
+        pairs = [(shares(*learned, seed), shares(*euler, seed)) for seed in range(60)]
+    own_share, outside = np.median([(ours[0], ours[1] - theirs[1]) for ours, theirs in pairs], 0)
+    return {"predictor": float(own_share), "over_euler": float(outside)}
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -408,9 +418,9 @@ def main() -> None:
             bench.row(cell)
             if cell.solver == "ipndm":
                 bench.frechet(cell, real)
-    share = overhead(files.load(predictor_file("ipndm", learned[0][1], result.folder)))
-    print(f"Of the time of a model call, beyond what euler takes: {share:.2%}")
-    result.add({"solver": "overhead", "ratio": round(share, 5)})
+    shares = overhead(files.load(predictor_file("ipndm", learned[0][1], result.folder)))
+    print(f"Of a model call: the predictor {shares['predictor']:.2%}, a run beyond euler {shares['over_euler']:.2%}")
+    result.add({"solver": "overhead", **{name: round(share, 5) for name, share in shares.items()}})
     result.finish(draw)
 
 

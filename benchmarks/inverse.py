@@ -32,8 +32,8 @@ with the measurement, from zero, in as many steps, with a tuned rate and no mode
 
 FreeDoM's authors give no setting for these tasks; it runs without its time travel here. 1000 steps (--many, in the open
 task) take the strengths tuned at 100, so that their sum stays: a tenth of DPS's and FreeDoM's, and DSG's as rate_steps
-turns it. Guidance decodes in bfloat16, which takes half of the time; the pictures that are measured are decoded in
-float32.
+turns it; and then those that are tuned anew, from there on. Guidance decodes in bfloat16, which takes half of the time;
+the pictures that are measured are decoded in float32.
 """
 
 from __future__ import annotations
@@ -328,7 +328,7 @@ class Bench:
             return FIRST_RATE
         return METHODS[cell.method][1] * (LONGER if cell.task == OPEN and cell.method != "DSG" else 1)
 
-    def tuned(self, cell: Cell) -> Cell:
+    def tuned(self, cell: Cell, first: float | None = None) -> Cell:
         """With the best strength of those that a climb by factors of 2 meets, on portraits that are not measured."""
         key = {**cell.key, "settings": "tries"}
         row = self.result.find(key)
@@ -342,7 +342,7 @@ class Bench:
                     tried[strength] = float(found.psnr.nan_to_num(0.0).mean())
                 return tried.get(strength, -np.inf)
 
-            best = self.first(cell)
+            best = self.first(cell) if first is None else first
             most = 1.0 if cell.method == "DSG" else np.inf
             while len(tried) < self.tries:
                 around = [value for value in (best, 2 * best, best / 2) if value <= most]
@@ -457,7 +457,9 @@ class Bench:
                 strength = share**0.5 * strength / (1 - strength + share**0.5 * strength)
             else:
                 strength *= share
-            self.row(Cell(OPEN, method, MANY, strength), f"tuned at {NFE[0]}", FEW)
+            cell = Cell(OPEN, method, MANY, strength)
+            self.row(cell, f"tuned at {NFE[0]}", FEW)
+            self.row(self.tuned(cell, strength), "tuned", FEW)
 
     def diversity(self, task: str) -> None:
         """How far apart pictures of one measurement are, and whether they are as far as they should be."""

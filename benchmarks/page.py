@@ -310,7 +310,8 @@ def amed(result: dict[str, Any]) -> Iterator[str]:
     )
     for row in result["rows"]:
         if row["solver"] == "overhead":
-            yield f"\n\nThe predictor takes {row['ratio']:.2%} of a model call's time beyond what euler takes."
+            yield f"\n\nThe predictor and its look at the bottleneck take {row['predictor']:.2%} of a model call's "
+            yield f"time; all that the run does outside of the calls, {row['over_euler']:.2%} more than euler does."
 
 
 def cost(result: dict[str, Any]) -> Iterator[str]:
