@@ -328,8 +328,11 @@ class Bench:
             return FIRST_RATE
         return METHODS[cell.method][1] * (LONGER if cell.task == OPEN and cell.method != "DSG" else 1)
 
-    def tuned(self, cell: Cell, first: float | None = None) -> Cell:
-        """With the best strength of those that a climb by factors of 2 meets, on portraits that are not measured."""
+    def tuned(self, cell: Cell) -> Cell:
+        """With the best strength of those that a climb by factors of 2 meets, on portraits that are not measured.
+
+        It begins with the cell's own strength, if that has one.
+        """
         key = {**cell.key, "settings": "tries"}
         row = self.result.find(key)
         if row is None:
@@ -342,7 +345,7 @@ class Bench:
                     tried[strength] = float(found.psnr.nan_to_num(0.0).mean())
                 return tried.get(strength, -np.inf)
 
-            best = self.first(cell) if first is None else first
+            best = cell.strength or self.first(cell)
             most = 1.0 if cell.method == "DSG" else np.inf
             while len(tried) < self.tries:
                 around = [value for value in (best, 2 * best, best / 2) if value <= most]
@@ -459,7 +462,7 @@ class Bench:
                 strength *= share
             cell = Cell(OPEN, method, MANY, strength)
             self.row(cell, f"tuned at {NFE[0]}", FEW)
-            self.row(self.tuned(cell, strength), "tuned", FEW)
+            self.row(self.tuned(cell), "tuned", FEW)
 
     def diversity(self, task: str) -> None:
         """How far apart pictures of one measurement are, and whether they are as far as they should be."""

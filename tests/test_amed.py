@@ -613,6 +613,24 @@ def test_halves_that_come_in_calls_of_their_own_and_frames_of_a_video() -> None:
             assert options == several and not block[-1]._forward_hooks
 
 
+def test_the_bottleneck_is_that_before_a_controlnet_is_added_in_place() -> None:
+    network = nn.Module()
+    network.middle_block = nn.Sequential(nn.Identity())
+    maps = torch.randn(2, 5, 8, 8)
+
+    def apply_model(x: Tensor, timestep: Tensor) -> Tensor:
+        h = network.middle_block[-1](maps.clone())
+        h += 1  # as ComfyUI's apply_control does
+        return x
+
+    x = torch.zeros(2, 4, 8, 8)
+    with watched(network, {}) as (bottleneck, options):
+        bottleneck.forget(x)
+        parameters = {"input": x, "timestep": None, "c": {}, "cond_or_uncond": [0]}
+        options["model_function_wrapper"](apply_model, parameters)
+        torch.testing.assert_close(bottleneck.features(x), maps.mean(1).flatten(1))
+
+
 def test_a_model_in_tiles_and_one_without_a_bottleneck_give_zeros(model: Any, caplog: Any) -> None:
     predictor = fixed(settings(model))
     sample(model, amed_sampler(predictor), base_sigmas(predictor))

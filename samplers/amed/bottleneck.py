@@ -36,12 +36,11 @@ class Bottleneck:
         """`[B, 64]` for x `[B, …]`: zeros where the network has no bottleneck, or shows none for each sample."""
         if not self.found:
             return x.new_zeros(len(x), BOTTLENECK**2, dtype=torch.float32)
-        # Several prompts have several.
-        return self.found[0] if len(self.found) == 1 else torch.stack(self.found).mean(0)
+        return torch.stack(self.found).mean(0)  # several prompts have several
 
     def note(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if self.open and isinstance(output, Tensor):
-            self.outputs.append(output.detach())
+            self.outputs.append(output.detach().float().mean(1))
 
     def sort(self, cond_or_uncond: list[int], whole: bool) -> None:
         """Finds the conditional parts in what a call left: ComfyUI puts several prompts in one batch, marked so.
@@ -60,8 +59,7 @@ class Bottleneck:
                 )
             self.warned = True
             return
-        parts = outputs[0].float().unflatten(0, (len(cond_or_uncond), self.batch, -1))
-        maps = parts.mean((2, 3))  # over channels, and the frames of a video
+        maps = outputs[0].unflatten(0, (len(cond_or_uncond), self.batch, -1)).mean(2)  # over the frames of a video
         pooled = F.adaptive_avg_pool2d(maps, BOTTLENECK).flatten(2)
         self.found += [part for part, index in zip(pooled, cond_or_uncond, strict=True) if index == 0]
 

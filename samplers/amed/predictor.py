@@ -49,23 +49,14 @@ class PredictorNetwork(nn.Module):
     The channel mean of the U-Net's bottleneck at t passes 64 → 128 → 4, t and t_next an embedding of 8 and a layer that
     they share; each of the three is read off the 20 values by a layer of its own.
 
-        r = sigmoid(·),    scale = 1 − s + 2s·sigmoid(·)    in 1 ± s; s is `scale_dir` or `scale_time`
+        r = sigmoid(·),    scale = 2s·sigmoid(·) + 1 − s    in 1 ± s; s is `scale_dir` or `scale_time`
     """
 
     WIDTH = 8
-    least: Tensor
-    span: Tensor
-    frequencies: Tensor
 
     def __init__(self, scale_dir: float, scale_time: float) -> None:
         super().__init__()
-        constants = {
-            "least": torch.tensor([0.0, 1 - scale_dir, 1 - scale_time]),
-            "span": torch.tensor([1.0, 2 * scale_dir, 2 * scale_time]),
-            "frequencies": torch.logspace(0, -4, self.WIDTH // 2),
-        }
-        for name, values in constants.items():
-            self.register_buffer(name, values, persistent=False)
+        self.scale_dir, self.scale_time = scale_dir, scale_time
         self.bottleneck = nn.Sequential(nn.Linear(BOTTLENECK**2, 128), nn.SiLU(), nn.Linear(128, 4))
         self.time = nn.Linear(self.WIDTH, self.WIDTH)
         self.heads = nn.ModuleDict({name: nn.Linear(4 + 2 * self.WIDTH, 1) for name in ("r", "dir", "time")})
@@ -74,12 +65,12 @@ class PredictorNetwork(nn.Module):
         """For features `[B, 64]` and times `[B]`: three of `[B]`. Half of a batch in any order gives the same."""
         times = F.silu(self.time(self._embedding(torch.stack([t, t_next], 1)))).flatten(1)
         seen = torch.cat([self.bottleneck(features), times], 1)
-        chosen = torch.cat([head(seen) for head in self.heads.values()], 1).sigmoid()
-        return torch.addcmul(self.least, self.span, chosen).unbind(1)
+        r, direction, time = torch.cat([head(seen) for head in self.heads.values()], 1).sigmoid().unbind(1)
+        return r, *(2 * s * v + 1 - s for s, v in ((self.scale_dir, direction), (self.scale_time, time)))
 
     def _embedding(self, t: Tensor) -> Tensor:
         """sin and cos of t·ω, `[…, 8]` for t `[…]`, with frequencies from 1 to 1e-4."""
-        phases = t[..., None] * self.frequencies
+        phases = t[..., None] * torch.logspace(0, -4, self.WIDTH // 2, device=t.device, dtype=t.dtype)
         return torch.cat([phases.sin(), phases.cos()], -1)
 
 
