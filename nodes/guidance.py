@@ -158,9 +158,9 @@ AUTO_STRENGTH: dict[str, Any] = {
             "max": 2.0,
             "step": 0.05,
             "tooltip": (
-                "How much, where the strength is found for you: anew at each step and for each image, from how the "
-                "gradient of the loss turns. 1 goes as far as the loss falls, 0.7 stays before that, more goes beyond. "
-                "guidance_rate is then where it begins, and at 0 still guides nothing. 0 is off: guidance_rate counts."
+                "How much, where the strength is found for you: for each step and each image, with any number of "
+                "steps, from how the gradient of the loss turns. 1 follows the loss closely, whatever it is; 0.3 "
+                "leaves the image more of its own. guidance_rate and rate_steps do not count then. 0 is off."
             ),
         },
     ),

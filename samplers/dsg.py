@@ -13,14 +13,18 @@ guided.
 In a run of N steps c ~ 1/√N, so what guidance adds up to grows with √N, while the sum of the noise stays the same.
 `rate_steps` undoes that: tan of the angle between ε and m is scaled by √(rate_steps/N).
 
-Auto strength: a step to the minimum of L along its direction makes the next gradient orthogonal to this one. A shorter
-step leaves them alike, a longer one opposes them. So tan of the angle follows the cosine between a sample's successive
-gradients, from where `guidance_rate` sets it: the hypergradient of Baydin et al. (ICLR 2018, arXiv 1703.04782) with the
-rate γ = ½, of log tan.
+Auto strength gives a rate for each step and sample, with c the cosine between a sample's successive gradients:
 
-    log tan α ← log tan α + γ·(cos(g, g_before) − (1 − κ))        κ = auto_strength; 1 seeks the minimum
+    tan α = κ·½·√(50/N)·exp(5/4·(p − ½))·f              κ = auto_strength, p the progress of the run, 0 to 1
+    log f ← log f + γ·(c − clip(c, −0.9, −0.3))         γ = ½, f from 1, within ½ and 3/2
 
-A weight of the loss multiplies κ, and the first step's guidance_rate. Repetitions take the angle as it is.
+The first line is what did well in many tasks (`bench guidance`, `bench inverse`): late steps are worth more, as x̂₀ is
+surer. The second corrects it by what a sample's loss is like. A step to the loss's minimum along its way makes the
+next gradient orthogonal to this one (c = 0), a longer one opposes it; and steps of up to twice that length get further
+in the end than exact ones (Raydan & Svaiter, Comput. Optim. Appl. 21, 2002). So the angle grows until gradients clearly
+oppose each other, and shrinks where they do little else.
+
+A weight of the loss multiplies κ, or guidance_rate. Repetitions take f as it is.
 
 Recurrence (time travel: FreeDoM, Yu et al., ICCV 2023, arXiv 2303.09833) repeats a step: guide it, go back by noise.
 """
@@ -28,6 +32,7 @@ Recurrence (time travel: FreeDoM, Yu et al., ICCV 2023, arXiv 2303.09833) repeat
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,10 +46,9 @@ from .trace import Evaluation, GuidanceTrace
 
 __all__ = ["Guidance", "guided", "on_sphere"]
 
-GAIN = 0.5
-"""γ of auto strength."""
-TANGENTS = 1e-3, 10.0
-"""Of auto strength: beyond 84° a larger angle changes nothing, and would take long to come back from."""
+# Of auto strength: tan α halfway through a run of as many steps, its growth, and f's gain, aim and range.
+TANGENT, STEPS, GROWTH = 0.5, 50, 1.25
+GAIN, COSINES, FACTORS = 0.5, (-0.9, -0.3), (0.5, 1.5)
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,8 @@ class Guidance(Objective):
     rate_steps      the number of steps that guidance_rate is meant for; with any other it is scaled so that the run's
                     strength stays. Steps are counted as if the schedule were run through from noise to image. 0: as in
                     the paper, the rate of each step, whatever their number.
-    auto_strength   κ ≥ 0: the strength is found anew at each step, for each sample, and guidance_rate is that of the
-                    first. 1 goes as far as the loss falls along a step, less stops before, more goes beyond. 0: off.
+    auto_strength   κ ≥ 0: the rate is found for each step and sample, and guidance_rate and rate_steps do not count.
+                    1 serves most losses, 0.5 is half of it (of the angle's tan). 0: off.
     recurrence      r ≥ 0: how often a step is repeated before the sampler's own. A repetition is a guided DDPM step
                     (η = 1) and its undoing by fresh noise, done to the sampler's state: so it serves every sampler that
                     goes on from it, and a multistep one keeps the history of its own steps alone.
@@ -74,7 +78,7 @@ class Guidance(Objective):
 
     @property
     def off(self) -> bool:
-        return self.guidance_rate == 0
+        return self.guidance_rate == 0 and self.auto_strength == 0
 
     @property
     def moves_state(self) -> bool:
@@ -107,9 +111,9 @@ class _Spherical(GuidedModel):
 
     objective: Guidance
     by_length = False
-    # Of auto strength: the call that `tangent` [B] is of, and each sample's latest gradient that was one.
+    # Of auto strength: log f [B], the call that it is of, and each sample's latest gradient that was one.
+    correction: Tensor | None = None
     before: Evaluation | None = None
-    tangent: Tensor | None = None
     gradient: Tensor
 
     def drawn(self, noise: Tensor, sigma_next: Tensor) -> Tensor:
@@ -127,30 +131,32 @@ class _Spherical(GuidedModel):
     def _rate(self, at: Evaluation, usable: Tensor, repeats: bool) -> Tensor:
         """`[B]`."""
         # tan of the angle is rate/(1 − rate), as ε and d* are orthogonal
+        if self.objective.auto_strength:
+            middle = self.objective.auto_strength * at.weight * TANGENT * (STEPS / self._steps) ** 0.5
+            done = progress(self.model.model_sampling, float(at.sigma.max()))
+            tangent = middle * (GROWTH * (done - 0.5) + self._corrected(at, usable, repeats)).exp()
+            return tangent / (1 + tangent)
         scale = (self.objective.rate_steps / self._steps) ** 0.5 if self.objective.rate_steps else 1.0
         rate = min(1.0, self.objective.guidance_rate * at.weight)
-        if not self.objective.auto_strength:
-            return torch.full_like(at.loss, scale * rate / (1 - rate + scale * rate))
-        if self.tangent is None:
-            least, most = TANGENTS
-            self.tangent = torch.full_like(at.loss, min(most, max(least, scale * rate / max(1 - rate, least))))
-        if not repeats:
-            self.tangent = self._followed(self.tangent, at, usable)
-        return self.tangent / (1 + self.tangent)
+        return torch.full_like(at.loss, scale * rate / (1 - rate + scale * rate))
 
-    def _followed(self, tangent: Tensor, at: Evaluation, usable: Tensor) -> Tensor:
-        """Auto strength, where a step of the sampler's own led to `at`: that of a repetition goes elsewhere."""
-        before, self.before = self.before, at
-        if before is at:  # some samplers draw twice after a call
-            return tangent
-        if before is None:
+    def _corrected(self, at: Evaluation, usable: Tensor, repeats: bool) -> Tensor:
+        """log f `[B]`. A repetition goes elsewhere than the sampler's own step, and changes nothing of it."""
+        if self.correction is None:
+            self.correction = torch.zeros_like(at.loss)
+        if repeats or self.before is at:  # some samplers draw twice after a call
+            return self.correction
+        if self.before is None:
             self.gradient = at.gradient
-            return tangent
-        cosine = functional.cosine_similarity(at.gradient.flatten(1), self.gradient.flatten(1), eps=0.0)
-        # Not a number where a gradient is zero or not finite: that sample keeps its angle.
-        change = GAIN * torch.nan_to_num(cosine - 1 + self.objective.auto_strength * at.weight)
-        self.gradient = torch.where(per_sample(usable, at.gradient) > 0, at.gradient, self.gradient)
-        return (tangent * change.exp()).clamp(*TANGENTS)
+        else:
+            cosine = functional.cosine_similarity(at.gradient.flatten(1), self.gradient.flatten(1), eps=0.0)
+            # Not a number where a gradient is zero or not finite: that sample keeps its angle.
+            change = GAIN * torch.nan_to_num(cosine - cosine.clamp(*COSINES))
+            least, most = (math.log(factor) for factor in FACTORS)
+            self.correction = (self.correction + change).clamp(least, most)
+            self.gradient = torch.where(per_sample(usable, at.gradient) > 0, at.gradient, self.gradient)
+        self.before = at
+        return self.correction
 
     @functools.cached_property
     def _steps(self) -> float:

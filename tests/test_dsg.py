@@ -13,9 +13,10 @@ import torch
 from sphereguide import host
 from sphereguide.losses.base import Loss, Step
 from sphereguide.samplers.dsg import Guidance, guided, on_sphere
-from sphereguide.samplers.kernel import GRADIENTS
+from sphereguide.samplers.kernel import GRADIENTS, progress
 from sphereguide.samplers.trace import GuidanceTrace
 from torch import Tensor
+from torch.nn import functional
 
 N = math.prod(gaussian_mixture.SHAPE)
 TARGET = torch.linspace(-1, 1, N).reshape(gaussian_mixture.SHAPE)
@@ -550,97 +551,141 @@ def test_the_scaled_rate(model):
 # -- auto strength -----------------------------------------------------------------------------------------------------
 
 
-class Remembering(Distance):
-    """Keeps its gradients with respect to x̂₀, `[B, …]` a model call; the second sample's are as `second` makes them."""
+class Turning(Loss):
+    """Its gradients are of length 1, and the cosine between a step's and the one's before is `cosines [steps, B]`.
 
-    def __init__(self, second: float = 1.0) -> None:
+    `share(step)`, `[B]`, multiplies them.
+    """
+
+    space = "latent"
+
+    def __init__(self, cosines: Tensor, share=lambda step: 1.0) -> None:
         super().__init__()
-        self.second, self.seen = second, []
+        self.share = share
+        generator = torch.Generator().manual_seed(0)
+        directions = [functional.normalize(torch.randn(cosines.shape[1], N, generator=generator), dim=1)]
+        for cosine in cosines:
+            aside = torch.randn(cosines.shape[1], N, generator=generator)
+            aside -= (aside * directions[-1]).sum(1, keepdim=True) * directions[-1]
+            sine = (1 - cosine**2).sqrt()
+            directions.append(cosine[:, None] * directions[-1] + sine[:, None] * functional.normalize(aside, dim=1))
+        self.directions = torch.stack(directions[1:])
 
     def forward(self, latents: Tensor, step: Step | None = None) -> Tensor:
-        away = latents.detach() - self.targets.to(latents)
-        self.seen.append(away / away.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1))
-        share = torch.ones(len(latents))
-        share[1:2] = self.second
-        return super().forward(latents) * share
+        return (self.directions[step.index] * latents.flatten(1)).sum(1) * self.share(step.index)
 
 
-@pytest.mark.parametrize("kappa", [0.6, 1.0])
-def test_auto_strength_follows_the_cosine_between_successive_gradients(model, kappa):
-    loss = Remembering()
-    settings = {"guidance_rate": 0.3, "auto_strength": kappa, "gradient": "fast"}
-    _, trace = run(model, loss=loss, settings=settings, batch=3)
+def corrections(trace, kappa=1.0, sample=0, steps=20, kind="EPS"):
+    """f of each step, from its rate: what the curve of all steps leaves of tan α."""
+    sampling = gaussian_mixture.patcher(kind).model.model_sampling
+    found = []
+    for step in trace.steps:
+        rate = step.rate[sample]
+        curve = math.exp(1.25 * (progress(sampling, step.sigma) - 0.5))
+        found.append(rate / (1 - rate) / (kappa * 0.5 * math.sqrt(50 / steps) * curve))
+    return found
+
+
+def corrected(f: float, cosine: float) -> float:
+    """By the formula."""
+    return min(max(f * math.exp(0.5 * (cosine - min(max(cosine, -0.9), -0.3))), 0.5), 1.5)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "V_PREDICTION", "FLOW"])
+@pytest.mark.parametrize("kappa, steps", [(0.6, 20), (1.0, 20), (1.0, 80)])
+def test_auto_strength_rises_and_is_corrected_by_the_cosine_between_successive_gradients(kind, kappa, steps):
+    cosines = 1 - 2 * torch.rand(steps, 3, generator=torch.Generator().manual_seed(1))
+    cosines[steps // 2 :, 1] = -0.99
+    settings = {"auto_strength": kappa, "gradient": "fast"}
+    _, trace = run(gaussian_mixture.patcher(kind), loss=Turning(cosines), settings=settings, batch=3, steps=steps)
+    assert len(trace.steps) == steps - 1
     for i in range(3):
-        tangent = 0.3 / 0.7
-        for k, step in enumerate(trace.steps):
-            if k:
-                cosine = float((loss.seen[k][i] * loss.seen[k - 1][i]).sum())
-                tangent *= math.exp(0.5 * (cosine - 1 + kappa))
-            assert step.rate[i] == pytest.approx(tangent / (1 + tangent), rel=1e-4)
-    assert len({rate for step in trace.steps for rate in step.rate}) > 3
+        expected = list(itertools.accumulate(cosines[1:-1, i].tolist(), corrected, initial=1.0))
+        assert corrections(trace, kappa, i, steps, kind) == pytest.approx(expected, rel=2e-3)
+        assert len({*expected}) > 3
+
+
+@pytest.mark.parametrize("cosine, factor", [(1.0, 1.5), (-0.6, 1.0), (-1.0, 0.5)])
+def test_auto_strength_corrects_by_a_half_at_most(model, cosine, factor):
+    settings = {"auto_strength": 2.0, "gradient": "fast"}
+    loss = Turning(torch.full((100, 1), cosine))
+    latent, trace = run(model, loss=loss, settings=settings, steps=100, scheduler="karras")
+    found = corrections(trace, 2.0, 0, 100)
+    assert latent.isfinite().all() and found[0] == pytest.approx(1, rel=1e-3)
+    assert found[-1] == pytest.approx(factor, rel=1e-3)
+    assert min(1, factor) * 0.999 < min(found) and max(found) < max(1, factor) * 1.001
+
+
+def test_with_auto_strength_guidance_rate_and_rate_steps_do_not_count(model):
+    first, *others = (
+        run(model, settings={"auto_strength": 1.0, "guidance_rate": rate, "rate_steps": steps})[0]
+        for rate, steps in ((0.2, 0), (0.0, 50), (1.0, 20))
+    )
+    assert all(torch.equal(first, other) for other in others)
+    assert not torch.equal(first, unguided(model))
 
 
 @pytest.mark.parametrize("name, draws", [("euler_ancestral", 1), ("dpmpp_sde", 2), ("lcm", 1)])
-def test_where_auto_strength_ends_depends_less_on_where_it_begins(model, name, draws):
-    def reached(rate, auto_strength):
-        settings = {"guidance_rate": rate, "auto_strength": auto_strength}
-        latent, trace = run(model, name, settings=settings, batch=100, steps=30, scheduler="karras")
-        rates = torch.tensor([step.rate for step in trace.steps])
-        assert rates.isfinite().all() and ((rates > 0) & (rates < 1)).all() and len(rates) == 29 * draws
-        return float(Distance()(latent).mean())
+def test_auto_strength_corrects_once_a_model_call(model, name, draws):
+    """However often noise is drawn after it."""
+    _, trace = run(model, name, settings={"auto_strength": 1.0}, batch=2, steps=30, scheduler="karras")
+    rates = torch.tensor([step.rate for step in trace.steps])
+    assert len(rates) == 29 * draws and ((rates > 0) & (rates < 1)).all()
+    calls = [[step.rate for step in of] for _, of in itertools.groupby(trace.steps, key=lambda step: step.sigma)]
+    assert all(rate == of[0] for of in calls for rate in of)
 
-    fixed, auto = (abs(reached(0.02, kappa) - reached(0.7, kappa)) for kappa in (0.0, 1.0))
-    assert auto < fixed / 2
+
+def test_the_same_auto_strength_takes_a_run_of_any_steps_about_as_far(model):
+    """A mean distance to the target that differs less than that of one rate without rate_steps."""
+
+    def spread(settings):
+        found = [
+            float(Distance()(run(model, settings=settings, batch=100, steps=steps)[0]).mean())
+            for steps in (15, 40, 100)
+        ]
+        return max(found) / min(found)
+
+    assert spread({"auto_strength": 0.3}) < spread({"guidance_rate": 0.15})
 
 
 def test_more_auto_strength_is_nearer_to_the_loss(model):
     def reached(kappa):
-        settings = {"guidance_rate": 0.1, "auto_strength": kappa}
-        latent, _ = run(model, settings=settings, batch=100, steps=30, scheduler="karras")
+        latent, _ = run(model, settings={"auto_strength": kappa}, batch=100, steps=30, scheduler="karras")
         return float(Distance()(latent).mean())
 
-    assert reached(1.0) < reached(0.6) < reached(0.3)
+    assert reached(1.0) < reached(0.5) < reached(0.2)
 
 
 @pytest.mark.parametrize("second", [0.0, math.nan])
 def test_auto_strength_waits_where_there_is_no_gradient(model, second):
-    settings = {"guidance_rate": 0.3, "auto_strength": 1.0, "gradient": "fast"}
-    _, trace = run(model, loss=Remembering(second), settings=settings, batch=3)
-    _, alone = run(model, settings=settings, batch=3)
+    cosines = torch.linspace(-1, 1, 60).reshape(20, 3)
+    settings = {"auto_strength": 1.0, "gradient": "fast"}
+    without = Turning(cosines, lambda step: torch.tensor([1.0, second, 1.0]))
+    _, trace = run(model, loss=without, settings=settings, batch=3, steps=20)
+    _, alone = run(model, loss=Turning(cosines), settings=settings, batch=3, steps=20)
     assert all(step.skipped == [False, True, False] for step in trace.steps)
-    assert all(step.rate[1] == pytest.approx(0.3) for step in trace.steps)
+    assert corrections(trace, sample=1) == pytest.approx([1.0] * len(trace.steps), rel=1e-3)
     for step, other in zip(trace.steps, alone.steps, strict=True):
         assert step.rate[::2] == pytest.approx(other.rate[::2], rel=1e-4)
 
 
-@pytest.mark.parametrize("rate", [1e-6, 1.0])
-def test_auto_strength_stays_in_range_however_long_it_runs(model, rate):
-    settings = {"guidance_rate": rate, "auto_strength": 2.0, "rate_steps": 50}
-    latent, trace = run(model, settings=settings, steps=100, scheduler="karras")
-    rates = torch.tensor([step.rate for step in trace.steps])
-    assert latent.isfinite().all() and ((rates > 0) & (rates < 1)).all()
-
-
-class Flickering(Remembering):
-    """Without a gradient for the second sample at every second step."""
-
-    def forward(self, latents: Tensor, step: Step | None = None) -> Tensor:
-        self.second = float(step.index % 2 == 0)
-        return super().forward(latents, step)
-
-
 def test_a_gradient_that_is_missing_at_times_is_followed_where_it_is_there(model):
-    loss = Flickering()
-    _, trace = run(model, loss=loss, settings={"auto_strength": 1.0, "gradient": "fast"}, batch=2)
+    loss = Turning(torch.full((20, 2), -0.9), lambda step: torch.tensor([1.0, float(step % 2 == 0)]))
+    _, trace = run(model, loss=loss, settings={"auto_strength": 1.0, "gradient": "fast"}, batch=2, steps=20)
     kept = [i for i in range(len(trace.steps)) if i % 2 == 0]
-    tangent = 0.2 / 0.8
+    found, f = corrections(trace, sample=1), 1.0
     for before, after in itertools.pairwise(kept):
-        tangent *= math.exp(0.5 * float((loss.seen[before][1] * loss.seen[after][1]).sum()))
-        assert trace.steps[after].rate[1] == pytest.approx(tangent / (1 + tangent), rel=1e-4)
+        cosine = float((loss.directions[before, 1] * loss.directions[after, 1]).sum())
+        f = corrected(f, cosine)
+        assert found[after] == pytest.approx(f, rel=2e-3)
+    assert f > 1
+    assert corrections(trace) == pytest.approx([1.0] * len(trace.steps), rel=1e-3)
 
 
 def test_repetitions_take_the_angle_of_auto_strength_as_it_is(model):
-    _, trace = run(model, settings={"auto_strength": 1.0, "recurrence": 2}, scheduler="karras", steps=12)
+    loss = Turning(torch.full((12, 1), -1.0))
+    settings = {"auto_strength": 1.0, "recurrence": 2, "gradient": "fast"}
+    _, trace = run(model, loss=loss, settings=settings, scheduler="karras", steps=12)
     steps = [[entry.rate[0] for entry in trace.steps if entry.step == step] for step in range(2, 10)]
     assert all(len(rates) == 3 for rates in steps)
     assert all(rates[0] == rates[1] != rates[2] for rates in steps)  # the step's own call comes last

@@ -156,10 +156,10 @@ def test_the_report_shows_rates_where_they_differ():
         return image, summary, [[step.rate[i] for step in trace.steps] for i in range(2)]
 
     same, plain, _ = reported(guidance_rate=0.2, rate_steps=0)
-    other, found, rates = reported(guidance_rate=0.2, rate_steps=0, auto_strength=1.0)
+    other, found, rates = reported(guidance_rate=0.2, auto_strength=1.0)
     assert "guidance_rate" not in plain
     for line, own in zip(found.splitlines()[1:], rates, strict=True):
-        assert own[0] == pytest.approx(0.2) and f"guidance_rate {min(own):.2g} to {max(own):.2g}" in line
+        assert max(own) > 1.5 * min(own) and f"guidance_rate {min(own):.2g} to {max(own):.2g}" in line
     frames = [int(((image[0, 180] < 0.3).all(-1)).sum()) for image in (same, other)]  # left and right of each plot
     assert frames[1] > frames[0]
 

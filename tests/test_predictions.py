@@ -30,7 +30,6 @@ NOISE = [torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(seed)) f
 METHODS: dict[str, tuple[Callable[..., Any], type, dict[str, Any]]] = {
     "DSG": (guided, Guidance, {"guidance_rate": 0.3}),
     "DSG, recurrence": (guided, Guidance, {"guidance_rate": 0.3, "recurrence": 2}),
-    "DSG, auto_strength": (guided, Guidance, {"auto_strength": 1.0}),
     "DSG, fast": (guided, Guidance, {"guidance_rate": 0.3, "gradient": "fast"}),
     "DPS": (posterior_guided, Posterior, {"step_size": 0.3}),
     "DPS, fast": (posterior_guided, Posterior, {"step_size": 0.3, "gradient": "fast"}),
