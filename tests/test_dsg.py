@@ -625,14 +625,22 @@ def test_with_auto_strength_guidance_rate_and_rate_steps_do_not_count(model):
     assert not torch.equal(first, unguided(model))
 
 
-@pytest.mark.parametrize("name, draws", [("euler_ancestral", 1), ("dpmpp_sde", 2), ("lcm", 1)])
-def test_auto_strength_corrects_once_a_model_call(model, name, draws):
-    """However often noise is drawn after it."""
-    _, trace = run(model, name, settings={"auto_strength": 1.0}, batch=2, steps=30, scheduler="karras")
-    rates = torch.tensor([step.rate for step in trace.steps])
-    assert len(rates) == 29 * draws and ((rates > 0) & (rates < 1)).all()
-    calls = [[step.rate for step in of] for _, of in itertools.groupby(trace.steps, key=lambda step: step.sigma)]
-    assert all(rate == of[0] for of in calls for rate in of)
+def test_auto_strength_corrects_once_a_model_call_however_often_noise_is_drawn_after_it(model):
+    def twice(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None):
+        for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
+            x = model(x, sigma * x.new_ones(len(x)), **extra_args)
+            callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": x})
+            if sigma_next > 0:
+                draws = noise_sampler(sigma, sigma_next), noise_sampler(sigma, sigma_next)
+                x = x + sigma_next * (draws[0] + draws[1]) / 2**0.5
+        return x
+
+    loss = Turning(torch.full((20, 1), -0.95))
+    settings = Guidance(loss, auto_strength=1.0, gradient="fast")
+    sampler = comfy.samplers.KSAMPLER(twice, {"noise_sampler": lambda *_: torch.randn(1, *gaussian_mixture.SHAPE)})
+    gaussian_mixture.sample(guided(sampler, settings, trace := GuidanceTrace()), model, steps=20)
+    expected = [math.exp(-0.025 * step) for step in range(19) for _ in range(2)]
+    assert corrections(trace) == pytest.approx(expected, rel=2e-3)
 
 
 def test_the_same_auto_strength_takes_a_run_of_any_steps_about_as_far(model):
