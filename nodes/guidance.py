@@ -40,7 +40,7 @@ RATE: dict[str, Any] = {
             "max": 1.0,
             "step": 0.01,
             "tooltip": (
-                "Strength: how far the noise is turned towards the loss. 0 is off. 0.1 to 0.4 suits measured images "
+                "Strength: how far the noise is turned towards the loss; 0 leaves it. 0.1 to 0.4 suits measured images "
                 "(inpainting, super-resolution, deblurring), 0.1 to 0.2 maps and texts, 0.2 to 0.3 styles and faces. "
                 "Higher follows the loss more and varies less."
             ),
@@ -155,12 +155,13 @@ AUTO_STRENGTH: dict[str, Any] = {
         {
             "default": 0.0,
             "min": 0.0,
-            "max": 2.0,
+            "max": 10.0,
             "step": 0.05,
             "tooltip": (
-                "How much, where the strength is found for you: for each step and each image, with any number of "
-                "steps, from how the gradient of the loss turns. 1 follows the loss closely, whatever it is; 0.3 "
-                "leaves the image more of its own. guidance_rate and rate_steps do not count then. 0 is off."
+                "How much, where the strength is found for you, for each step and each image, from how far the run is "
+                "and how the gradient of the loss turns. 1 follows the loss closely, whatever it is; 0.3 leaves the "
+                "image more of its own, and suits ten steps and fewer. guidance_rate and rate_steps do not count then. "
+                "0 is off: guidance_rate counts."
             ),
         },
     ),

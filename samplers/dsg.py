@@ -15,14 +15,15 @@ In a run of N steps c ~ 1/√N, so what guidance adds up to grows with √N, whi
 
 Auto strength gives a rate for each step and sample, with c the cosine between a sample's successive gradients:
 
-    tan α = κ·½·√(50/N)·exp(5/4·(p − ½))·f              κ = auto_strength, p the progress of the run, 0 to 1
+    tan α = κ·½·√(50/N)·exp(5/4·(p − ½))·f              κ = auto_strength, p as start_percent counts
     log f ← log f + γ·(c − clip(c, −0.9, −0.3))         γ = ½, f from 1, within ½ and 3/2
 
-The first line is what did well in many tasks (`bench guidance`, `bench inverse`): late steps are worth more, as x̂₀ is
-surer. The second corrects it by what a sample's loss is like. A step to the loss's minimum along its way makes the
-next gradient orthogonal to this one (c = 0), a longer one opposes it; and steps of up to twice that length get further
-in the end than exact ones (Raydan & Svaiter, Comput. Optim. Appl. 21, 2002). So the angle grows until gradients clearly
-oppose each other, and shrinks where they do little else.
+The first line did well on tuning portraits in the tasks of `bench guidance` and `bench inverse`: late steps are worth
+more, as x̂₀ is surer. The second corrects it by what a sample's loss is like. A step to the loss's minimum along its
+way makes the next gradient orthogonal to this one (c = 0), a longer one opposes it; and steps of up to twice that
+length get further in the end than exact ones (Raydan & Svaiter, Comput. Optim. Appl. 21, 2002). So the angle grows,
+within a step or two, until gradients clearly oppose each other, and shrinks, in some twenty, where they do nothing
+else.
 
 A weight of the loss multiplies κ, or guidance_rate. Repetitions take f as it is.
 
@@ -46,7 +47,7 @@ from .trace import Evaluation, GuidanceTrace
 
 __all__ = ["Guidance", "guided", "on_sphere"]
 
-# Of auto strength: tan α halfway through a run of as many steps, its growth, and f's gain, aim and range.
+# Of auto strength: tan α halfway through the noise in a run of as many steps, its growth, and f's gain, aim and range.
 TANGENT, STEPS, GROWTH = 0.5, 50, 1.25
 GAIN, COSINES, FACTORS = 0.5, (-0.9, -0.3), (0.5, 1.5)
 
@@ -55,7 +56,7 @@ GAIN, COSINES, FACTORS = 0.5, (-0.9, -0.3), (0.5, 1.5)
 class Guidance(Objective):
     """DSG's settings beside those of `Objective`.
 
-    guidance_rate   g_r in [0, 1]; 0 is the unguided sampler, bit for bit
+    guidance_rate   g_r in [0, 1]; 0, without auto_strength, is the unguided sampler, bit for bit
     rate_steps      the number of steps that guidance_rate is meant for; with any other it is scaled so that the run's
                     strength stays. Steps are counted as if the schedule were run through from noise to image. 0: as in
                     the paper, the rate of each step, whatever their number.
@@ -147,15 +148,14 @@ class _Spherical(GuidedModel):
         if repeats or self.before is at:  # some samplers draw twice after a call
             return self.correction
         if self.before is None:
-            self.gradient = at.gradient
-        else:
-            cosine = functional.cosine_similarity(at.gradient.flatten(1), self.gradient.flatten(1), eps=0.0)
-            # Not a number where a gradient is zero or not finite: that sample keeps its angle.
-            change = GAIN * torch.nan_to_num(cosine - cosine.clamp(*COSINES))
-            least, most = (math.log(factor) for factor in FACTORS)
-            self.correction = (self.correction + change).clamp(least, most)
-            self.gradient = torch.where(per_sample(usable, at.gradient) > 0, at.gradient, self.gradient)
+            self.gradient = torch.zeros_like(at.gradient)
         self.before = at
+        cosine = functional.cosine_similarity(at.gradient.flatten(1), self.gradient.flatten(1), eps=0.0)
+        # A sample without a usable gradient keeps its f, and so does one that had none before: that is not a number.
+        change = GAIN * torch.where(usable, torch.nan_to_num(cosine - cosine.clamp(*COSINES)), 0)
+        least, most = (math.log(factor) for factor in FACTORS)
+        self.correction = (self.correction + change).clamp(least, most)
+        self.gradient = torch.where(per_sample(usable, at.gradient) > 0, at.gradient, self.gradient)
         return self.correction
 
     @functools.cached_property

@@ -616,6 +616,44 @@ def test_auto_strength_corrects_by_a_half_at_most(model, cosine, factor):
     assert min(1, factor) * 0.999 < min(found) and max(found) < max(1, factor) * 1.001
 
 
+@pytest.mark.parametrize("first", [0.0, 1e30, math.nan])
+def test_auto_strength_takes_no_notice_of_a_first_gradient_that_is_none(model, first):
+    """1e30: its norm is no float32."""
+    cosines = torch.full((20, 2), 0.9)
+    loss = Turning(cosines, lambda step: torch.tensor([1.0, first if step == 0 else 1.0]))
+    _, trace = run(model, loss=loss, settings={"auto_strength": 1.0, "gradient": "fast"}, batch=2, steps=20)
+    assert [step.skipped for step in trace.steps[:2]] == [[False, True], [False, False]]
+    assert corrections(trace, sample=1)[:3] == pytest.approx([1.0, 1.0, 1.5], rel=1e-3)
+    assert corrections(trace, sample=0)[:3] == pytest.approx([1.0, 1.5, 1.5], rel=1e-3)
+
+
+def test_auto_strength_in_part_of_a_schedule_with_a_mask_and_steps_between(model):
+    """N is that of the whole schedule, and the cosine that between guided steps, in the coordinates that are free."""
+    steps, left = 50, 20
+    sampling = model.model.model_sampling
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", steps)[-left - 1 :]
+    mask = torch.ones(1, 1, 2, 2)
+    mask[..., 0] = 0
+    loss = Turning(1 - 2 * torch.rand(left, 1, generator=torch.Generator().manual_seed(2)))
+    settings = {"auto_strength": 0.7, "gradient": "fast", "interval": 2}
+    _, trace = run(model, loss=loss, settings=settings, sigmas=sigmas, denoise_mask=mask)
+    assert [step.step for step in trace.steps] == list(range(0, left - 1, 2))
+    whole = left / (progress(sampling, float(sigmas[-1])) - progress(sampling, float(sigmas[0])))
+    seen = [(loss.directions[step.step].reshape(gaussian_mixture.SHAPE) * mask[0]).flatten() for step in trace.steps]
+    cosines = [float(functional.cosine_similarity(*pair, dim=0)) for pair in itertools.pairwise(seen)]
+    expected = list(itertools.accumulate(cosines, corrected, initial=1.0))
+    assert corrections(trace, 0.7, 0, whole) == pytest.approx(expected, rel=2e-3)
+    assert 45 < whole < 55
+
+
+def test_auto_strength_follows_the_level_of_each_call_within_a_step(model):
+    loss = Turning(torch.full((20, 1), -0.6))
+    _, trace = run(model, "dpmpp_sde", loss=loss, settings={"auto_strength": 1.0, "gradient": "fast"}, steps=20)
+    # Both calls of a step find the same gradient, which lets f grow; from one step to the next it stays.
+    assert len({step.sigma for step in trace.steps}) == len(trace.steps) == 38
+    assert corrections(trace) == pytest.approx([1.0] + [1.5] * 37, rel=2e-3)
+
+
 def test_with_auto_strength_guidance_rate_and_rate_steps_do_not_count(model):
     first, *others = (
         run(model, settings={"auto_strength": 1.0, "guidance_rate": rate, "rate_steps": steps})[0]

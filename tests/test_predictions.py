@@ -2,6 +2,7 @@
 
 The papers' loops are held against models with α = 1 (test_reference.py, test_dps.py and others). This carries them over
 to flow models, α = 1 − σ. What the methods move is the state of unit variance, x/√(α² + σ²), the same for all.
+auto_strength is not among them: its curve follows the percent of the model's own schedule (test_dsg.py).
 """
 
 from __future__ import annotations
