@@ -1,4 +1,4 @@
-"""What guidance by networks achieves, and what it costs in quality, against strength: DSG beside DPS and FreeDoM.
+"""What guidance by networks achieves, and what it costs in quality: DSG beside DPS, FreeDoM, TFG and DiffRGD.
 
     python quickstart.py bench guidance [--quick] [--json FILE] [--tasks text face] [--methods DSG] [--strengths .1 .2]
 
@@ -13,9 +13,11 @@ cells share their seeds. Losses are those of the nodes, at the nodes' own defaul
 
 with a 95 % interval of the bootstrap. `score` is one figure a sample, higher for better: the success, less the distance
 for style, and for a face the cosine of the identities that the threshold cuts. The row of strength 0 is unguided;
-`strength` is guidance_rate of DSG Guidance, auto_strength of the same (DSG auto), step_size of DPS Guidance, and rho of
-TFG Guidance with its preset FreeDoM. Guidance decodes in bfloat16, which takes half of the time; the pictures that are
-judged are decoded in float32. `frechet` is larger for few samples: compare with as many real portraits (`originals`).
+`strength` is guidance_rate of DSG Guidance, auto_strength of the same (DSG auto), step_size of DPS Guidance, rho of TFG
+Guidance with its preset FreeDoM, rho and mu of the same with its own (TFG), and step_size of DiffRGD Guidance. All take
+as many model calls (`nfe`), of which a step of DiffRGD takes four. Guidance decodes in bfloat16, which takes half of
+the time; the pictures that are judged are decoded in float32. `frechet` is larger for few samples: compare with as many
+real portraits (`originals`).
 """
 
 from __future__ import annotations
@@ -49,11 +51,12 @@ from sphereguide.nodes.face import FaceIDLoss, LoadFaceEncoder  # noqa: E402
 from sphereguide.nodes.guidance import DPSGuidance, DSGGuidance  # noqa: E402
 from sphereguide.nodes.segmentation import LoadSegmentationModel, SegmentationLoss  # noqa: E402
 from sphereguide.nodes.style import StyleGramLoss  # noqa: E402
-from sphereguide.nodes.successors import TFGGuidance  # noqa: E402
+from sphereguide.nodes.successors import DiffRGDGuidance, TFGGuidance  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 TOY = "toy_portraits/"
 CHUNK = 16  # samples of a batch
+DESCENTS = 3  # of a step of DiffRGD, a model call each
 UNSEEN = range(1_001_000, 1_001_300)  # people of whom the judge's threshold is taken
 FACE_BOX = dict(zip(("box_left", "box_top", "box_right", "box_bottom"), portraits.FACE_BOX, strict=True))
 MENTIONED = ("hair_color", "glasses", "background", "clothes")
@@ -161,21 +164,24 @@ class Tasks:
         return -score if task == "style" else score
 
 
-#: Each method's node, what it calls its strength, and what else is set.
-METHODS: dict[str, tuple[type, str, dict[str, Any]]] = {
-    "DSG": (DSGGuidance, "guidance_rate", {}),
-    "DSG auto": (DSGGuidance, "auto_strength", {}),
-    "DPS": (DPSGuidance, "step_size", {}),
-    "FreeDoM": (TFGGuidance, "rho", {"preset": "FreeDoM"}),
+#: Each method's node, what its strength sets, and what else is set.
+METHODS: dict[str, tuple[type, tuple[str, ...], dict[str, Any]]] = {
+    "DSG": (DSGGuidance, ("guidance_rate",), {}),
+    "DSG auto": (DSGGuidance, ("auto_strength",), {}),
+    "DPS": (DPSGuidance, ("step_size",), {}),
+    "FreeDoM": (TFGGuidance, ("rho",), {"preset": "FreeDoM"}),
+    "TFG": (TFGGuidance, ("rho", "mu"), {}),
+    "DiffRGD": (DiffRGDGuidance, ("step_size",), {"iterations": DESCENTS}),
 }
 OF_DSG = {"DSG": (0.1, 0.2, 0.3, 0.4), "DSG auto": (1.0,)}
-OFTEN = {**OF_DSG, "DPS": (4.0, 16.0, 64.0), "FreeDoM": (16.0, 64.0, 256.0)}
-#: About the best, of 1, 4, 16 and 64 with eight samples.
+DIFFRGD = {"DiffRGD": (5.0, 25.0, 125.0)}
+OFTEN = {**OF_DSG, "DPS": (4.0, 16.0, 64.0), "FreeDoM": (16.0, 64.0, 256.0), "TFG": (16.0,), **DIFFRGD}
+#: About the best, of 1, 4, 16 and 64 with eight samples (DiffRGD: of 1, 5, 25 and 125); TFG takes longest, and has one.
 STRENGTHS: dict[str, dict[str, tuple[float, ...]]] = {
     "text": OFTEN,
     "segmentation": OFTEN,
-    "style": OFTEN,
-    "face": {**OF_DSG, "DPS": (1.0, 4.0, 16.0), "FreeDoM": (4.0, 16.0, 64.0)},
+    "style": {**OFTEN, "TFG": (64.0,)},
+    "face": {**OF_DSG, "DPS": (1.0, 4.0, 16.0), "FreeDoM": (4.0, 16.0, 64.0), "TFG": (4.0,), **DIFFRGD},
 }
 
 
@@ -198,8 +204,8 @@ def chunk(task: str | None, method: str, strength: float, steps: int, seeds: lis
     with torch.inference_mode():
         sampler = comfy.samplers.ksampler("euler_ancestral")
         if task is not None:
-            node, name, given = METHODS[method]
-            settings = defaults(node, **given | {name: strength})
+            node, names, given = METHODS[method]
+            settings = defaults(node, **given | dict.fromkeys(names, strength))
             sampler, _ = node().guide(sampler=sampler, loss=getattr(tasks(), task)(seeds), vae=fast, **settings)
         latent = torch.zeros(len(seeds), 4, 16, 16)
         noise = comfy.sample.prepare_noise(latent, start)
@@ -251,27 +257,29 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=SUCCESS, default=list(SUCCESS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--strengths", nargs="+", type=float, help="default: some for each task and method")
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--nfe", type=int, help="model calls")
     parser.add_argument("--samples", type=int)
     parser.add_argument("--save", type=Path, help="a folder for the pictures of each cell")
     options = parser.parse_args()
     if options.quick:
         options.tasks, options.methods = options.tasks[:1], ["DSG", "DPS"]
-    steps, count = options.steps or (10 if options.quick else 50), options.samples or (8 if options.quick else 64)
+    nfe, count = options.nfe or (10 if options.quick else 50), options.samples or (8 if options.quick else 64)
     seeds = list(portraits.TEST_SEEDS[:count])
-    settings = {"sampler": "euler_ancestral", "scheduler": "normal", "cfg": 1.0, "steps": steps, "n": count}
+    settings = {"sampler": "euler_ancestral", "scheduler": "normal", "cfg": 1.0, "nfe": nfe, "n": count}
     result = Result("guidance", settings, options.json, options.quick)
     real = real_features(1000, options.quick)
     originals_row(result, seeds, real)
     print(f"{'task':14}{'method':10}{'strength':>9}{'success':>9}{'interval':>18}{'frechet':>9}")
     with processes(options.quick) as pool:
-        unguided = functools.cache(lambda: drawn(pool, None, "", 0.0, steps, seeds))
+        unguided = functools.cache(lambda: drawn(pool, None, "", 0.0, nfe, seeds))
         for task in options.tasks:
             cells = [("unguided", 0.0)]
             for method in options.methods:
                 strengths = options.strengths or STRENGTHS[task][method][: 1 if options.quick else None]
                 cells += [(method, strength) for strength in strengths]
             for method, strength in cells:
+                # The last step of DiffRGD, which draws no noise, takes one call.
+                steps = (nfe + DESCENTS) // (DESCENTS + 1) if method == "DiffRGD" else nfe
                 cell = {"task": task, "method": method, "steps": steps, "strength": strength}
                 row = result.find(cell)
                 if row is None:
@@ -297,7 +305,7 @@ def measured(cell: dict[str, Any], made: Tensor, seeds: list[int], real: Tensor)
     success = tasks().success(cell["task"], score)
     return {
         **cell,
-        "nfe": cell["steps"],
+        "nfe": 1 + (DESCENTS + 1) * (cell["steps"] - 1) if cell["method"] == "DiffRGD" else cell["steps"],
         "psnr": None,
         "ssim": None,
         "frechet": round(judging.frechet(verdict.features, real), 4),

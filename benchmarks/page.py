@@ -68,6 +68,7 @@ def guidance(result: dict[str, Any]) -> Iterator[str]:
             f"{row['strength']:g}",
             f"{row['success']:.3f} {bracketed(row['interval'], 3)}",
             f"{row['frechet']:.3f}",
+            str(row["nfe"]),
             str(row["n"]),
         )
         for row in result["rows"]
@@ -78,7 +79,8 @@ def guidance(result: dict[str, Any]) -> Iterator[str]:
             yield f"As many real portraits have a Fréchet distance of {row['frechet']:.3f}.\n\n"
     yield "Success: attributes found (text), mIoU (segmentation), Gram distance (style: lower is better), the share "
     yield "that is verified at a false acceptance rate of 1 % (face).\n\n"
-    yield table(("task", "method", "strength", "success, 95 %", "Fréchet distance", "n"), rows)
+    yield table(("task", "method", "strength", "success, 95 %", "Fréchet distance", "calls", "n"), rows)
+    others = ("DPS", "FreeDoM", "TFG", "DiffRGD")
     compared = []
     for task in dict.fromkeys(row["task"] for row in result["rows"] if "task" in row):
         best = {
@@ -86,15 +88,15 @@ def guidance(result: dict[str, Any]) -> Iterator[str]:
                 (row for row in result["rows"] if row.get("task") == task and row["method"] == method),
                 key=lambda row: np.mean(row["score"]),
             )
-            for method in ("DSG", "DPS", "FreeDoM")
+            for method in ("DSG", *others)
         }
-        over = (lead(best["DSG"]["score"], best[method]["score"], 3) for method in ("DPS", "FreeDoM"))
+        over = (lead(best["DSG"]["score"], best[method]["score"], 3) for method in others)
         shown = (f"{row['success']:.3f}, {row['frechet']:.3f} ({row['strength']:g})" for row in best.values())
         compared.append((task, *shown, *over))
     yield "\n\nEach method at the strength with the highest mean score (for a face the cosine of the identities, for a "
     yield "style the negative distance): success, Fréchet distance, strength. On the right DSG's score less theirs, of "
     yield "the same samples, 95 %.\n\n"
-    yield table(("task", "DSG", "DPS", "FreeDoM", "DSG over DPS", "DSG over FreeDoM"), compared)
+    yield table(("task", "DSG", *others, *(f"DSG over {method}" for method in others)), compared)
 
 
 def inverse(result: dict[str, Any]) -> Iterator[str]:
