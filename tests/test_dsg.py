@@ -627,6 +627,15 @@ def test_auto_strength_takes_no_notice_of_a_first_gradient_that_is_none(model, f
     assert corrections(trace, sample=0)[:3] == pytest.approx([1.0, 1.5, 1.5], rel=1e-3)
 
 
+@pytest.mark.parametrize("fourth", [0.0, 1e30, 1e-30, math.inf, math.nan])
+def test_auto_strength_takes_no_notice_of_a_later_gradient_that_is_none(model, fourth):
+    """1e30, 1e-30: their norms are no float32."""
+    loss = Turning(torch.full((20, 1), -0.6), lambda step: fourth if step == 3 else 1.0)
+    _, trace = run(model, loss=loss, settings={"auto_strength": 1.0, "gradient": "fast"}, steps=20)
+    assert [step.skipped[0] for step in trace.steps] == [step == 3 for step in range(19)]
+    assert corrections(trace)[:4] == pytest.approx([1.0] * 4, rel=1e-3)
+
+
 def test_auto_strength_in_part_of_a_schedule_with_a_mask_and_steps_between(model):
     """N is that of the whole schedule, and the cosine that between guided steps, in the coordinates that are free."""
     steps, left = 50, 20
