@@ -39,7 +39,7 @@ import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from judged import fast_vae, originals, originals_row, real_features  # noqa: E402
+from judged import DESCENTS, fast_vae, originals, originals_row, real_features, steps_of  # noqa: E402
 from processes import processes  # noqa: E402
 from result import Result, interval, save  # noqa: E402
 from sphereguide import host  # noqa: E402
@@ -56,7 +56,6 @@ from torch import Tensor  # noqa: E402
 
 TOY = "toy_portraits/"
 CHUNK = 16  # samples of a batch
-DESCENTS = 3  # of a step of DiffRGD, a model call each
 UNSEEN = range(1_001_000, 1_001_300)  # people of whom the judge's threshold is taken
 FACE_BOX = dict(zip(("box_left", "box_top", "box_right", "box_bottom"), portraits.FACE_BOX, strict=True))
 MENTIONED = ("hair_color", "glasses", "background", "clothes")
@@ -173,15 +172,20 @@ METHODS: dict[str, tuple[type, tuple[str, ...], dict[str, Any]]] = {
     "TFG": (TFGGuidance, ("rho", "mu"), {}),
     "DiffRGD": (DiffRGDGuidance, ("step_size",), {"iterations": DESCENTS}),
 }
-OF_DSG = {"DSG": (0.1, 0.2, 0.3, 0.4), "DSG auto": (1.0,)}
-DIFFRGD = {"DiffRGD": (5.0, 25.0, 125.0)}
-OFTEN = {**OF_DSG, "DPS": (4.0, 16.0, 64.0), "FreeDoM": (16.0, 64.0, 256.0), "TFG": (16.0,), **DIFFRGD}
+OFTEN = {
+    "DSG": (0.1, 0.2, 0.3, 0.4),
+    "DSG auto": (1.0,),
+    "DPS": (4.0, 16.0, 64.0),
+    "FreeDoM": (16.0, 64.0, 256.0),
+    "TFG": (16.0,),
+    "DiffRGD": (5.0, 25.0, 125.0),
+}
 #: About the best, of 1, 4, 16 and 64 with eight samples (DiffRGD: of 1, 5, 25 and 125); TFG takes longest, and has one.
 STRENGTHS: dict[str, dict[str, tuple[float, ...]]] = {
     "text": OFTEN,
     "segmentation": OFTEN,
     "style": {**OFTEN, "TFG": (64.0,)},
-    "face": {**OF_DSG, "DPS": (1.0, 4.0, 16.0), "FreeDoM": (4.0, 16.0, 64.0), "TFG": (4.0,), **DIFFRGD},
+    "face": {**OFTEN, "DPS": (1.0, 4.0, 16.0), "FreeDoM": (4.0, 16.0, 64.0), "TFG": (4.0,)},
 }
 
 
@@ -278,8 +282,7 @@ def main() -> None:
                 strengths = options.strengths or STRENGTHS[task][method][: 1 if options.quick else None]
                 cells += [(method, strength) for strength in strengths]
             for method, strength in cells:
-                # The last step of DiffRGD, which draws no noise, takes one call.
-                steps = (nfe + DESCENTS) // (DESCENTS + 1) if method == "DiffRGD" else nfe
+                steps = steps_of(method, nfe)
                 cell = {"task": task, "method": method, "steps": steps, "strength": strength}
                 row = result.find(cell)
                 if row is None:

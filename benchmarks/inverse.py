@@ -56,7 +56,7 @@ import_pack()
 import comfy.samplers  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from judged import fast_vae, frechet, originals, originals_row, real_features  # noqa: E402
+from judged import DESCENTS, fast_vae, frechet, originals, originals_row, real_features, steps_of  # noqa: E402
 from processes import processes  # noqa: E402
 from result import Result, interval, save  # noqa: E402
 from shell import Shell  # noqa: E402
@@ -111,7 +111,6 @@ DSG_PUBLISHED = {
 """Interval and rate, table 7 of the paper. None is given for blur and 20 steps."""
 DPS_PUBLISHED = {"inpainting": 0.5, "super-resolution x4": 0.3, "gaussian deblur": 0.3}
 """ζ' of the authors' configurations, for pictures in -1..1: for ours in 0..1 the residual is half of theirs."""
-DESCENTS = 3
 TFG_PUBLISHED = {"super-resolution x4": (4.0, 2.0, 0.01), "gaussian deblur": (1.0, 8.0, 0.01)}
 """ρ, μ, σ̄, at N_iter 4, whose ratios are kept. None is given for the others."""
 DEAR = {"TFG": NFE[1:]}
@@ -140,8 +139,7 @@ class Cell:
 
     @property
     def steps(self) -> int:
-        # The last step, which draws no noise, takes one call.
-        return (self.nfe + DESCENTS) // (DESCENTS + 1) if self.method == "DiffRGD" else self.nfe
+        return steps_of(self.method, self.nfe)
 
 
 def _dsg(sampler: Any, loss: Loss, decode: Decoder, cell: Cell, trace: GuidanceTrace) -> Any:

@@ -13,10 +13,26 @@ from sphereguide.demo import judge as judging
 from sphereguide.demo import portraits, toy_portraits
 from torch import Tensor
 
-__all__ = ["fast_vae", "features_of", "frechet", "originals", "originals_row", "real_features"]
+__all__ = [
+    "DESCENTS",
+    "fast_vae",
+    "features_of",
+    "frechet",
+    "originals",
+    "originals_row",
+    "real_features",
+    "steps_of",
+]
 
 FEW = 4
 """Pictures that are decoded at once: their activations stay in a processor's cache."""
+DESCENTS = 3
+"""Of a step of DiffRGD, a model call each."""
+
+
+def steps_of(method: str, nfe: int) -> int:
+    """That take `nfe` model calls. The last step of DiffRGD, which draws no noise, takes one call."""
+    return (nfe + DESCENTS) // (DESCENTS + 1) if method == "DiffRGD" else nfe
 
 
 @functools.cache

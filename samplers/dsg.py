@@ -144,11 +144,9 @@ class _Spherical(GuidedModel):
     def _corrected(self, at: Evaluation, usable: Tensor, repeats: bool) -> Tensor:
         """log f `[B]`. A repetition goes elsewhere than the sampler's own step, and changes nothing of it."""
         if self.correction is None:
-            self.correction = torch.zeros_like(at.loss)
+            self.correction, self.gradient = torch.zeros_like(at.loss), torch.zeros_like(at.gradient)
         if repeats or self.before is at:  # some samplers draw twice after a call
             return self.correction
-        if self.before is None:
-            self.gradient = torch.zeros_like(at.gradient)
         self.before = at
         cosine = functional.cosine_similarity(at.gradient.flatten(1), self.gradient.flatten(1), eps=0.0)
         # A sample without a usable gradient keeps its f, and so does one that had none before: that is not a number.
